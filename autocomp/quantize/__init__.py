@@ -1,0 +1,1 @@
+"""Weight quantization numerics: schemes, rounding, quantized tensors. Knows nothing of the framework."""

@@ -1,0 +1,66 @@
+"""What a searcher is given and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from autocomp.objective import Constraint, Objective
+from autocomp.space import AdditiveTable, Candidate, SearchSpace
+from autocomp.trial import Trial
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that is known before the first trial.
+
+    Attributes:
+        space: what may vary.
+        objectives: at least one; every one is treated as its ``loss`` (smaller is better).
+        constraints: bounds on metrics. Bounds on exact tables are also in ``space`` as ``LinearBudget``.
+        tables: additive models by metric: exact ones (bytes), sensitivities, latency tables. May be empty.
+        baselines: candidates that the study measures anyway (uniform ones, first the uncompressed one).
+        seed: all randomness of a searcher comes from ``(seed, len(history) + len(pending))``.
+    """
+
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...] = ()
+    tables: Mapping[str, AdditiveTable] = field(default_factory=dict)
+    baselines: tuple[Candidate, ...] = ()
+    seed: int = 0
+
+    def rng(self, step: int) -> np.random.Generator:
+        """A generator that depends on the seed and on how far the search is, and on nothing else."""
+        return np.random.default_rng(np.random.SeedSequence([self.seed, step]))
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """``ask`` is a pure function of its arguments and the constructor's; that makes resume free."""
+
+    def ask(self, n: int, history: Sequence[Trial], pending: Sequence[Candidate]) -> list[Candidate]:
+        """At most ``n`` new candidates, none of them in ``history`` or ``pending``, all inside the space.
+
+        An empty list means that the searcher has nothing more to propose.
+        ``history`` holds trials of the search fidelity, failed ones included.
+        """
+        ...
+
+
+class SearcherFactory(Protocol):
+    """A searcher class: built from a problem and keyword options."""
+
+    def __call__(self, problem: Problem, **options: object) -> Searcher: ...
+
+
+def unsupported(searcher: object, problem: Problem) -> list[str]:
+    """Reasons why a searcher (class or object) can't take the problem, asked before anything runs.
+
+    A searcher states them in an optional static method ``unsupported(problem) -> list[str]``.
+    """
+    check = getattr(searcher, "unsupported", None)
+    return list(check(problem)) if check is not None else []

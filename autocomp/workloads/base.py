@@ -1,0 +1,67 @@
+"""The interface of a workload: model, data, quality and deployment scenario of one family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from autocomp.search_spaces.base import ModelSite
+from autocomp.trial import Estimate, Fidelity
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Built:
+    """A loaded model and everything a worker keeps beside it. Lives in the worker's process only.
+
+    Attributes:
+        model: the module, in its scoring state or its serving state (see ``Space.apply``).
+        site: what was found in it.
+        device: ``cpu`` or ``cuda:0``.
+        originals: path -> uncompressed weight, kept so that every change can be undone.
+        state: scratch of spaces and of the workload, by name (layer bank, caches, teacher outputs).
+    """
+
+    model: torch.nn.Module
+    site: ModelSite
+    device: str
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Workload(ABC):
+    """One model family. Metric names and units are declared, so that jobs can be checked early."""
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[BaseModel]]
+    #: quality metric -> True when smaller is better
+    quality_metrics: ClassVar[Mapping[str, bool]]
+    #: timing metric -> unit, in words
+    timing_metrics: ClassVar[Mapping[str, str]]
+
+    def __init__(self, config: BaseModel, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+
+    @abstractmethod
+    def load(self, device: str) -> Built:
+        """Load the model, find its parts. Raises ``JobError`` for a path or format that can't be read."""
+
+    @abstractmethod
+    def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
+        """Quality of the model as it is now on ``fidelity.split``; also the number of tokens scored."""
+
+    @abstractmethod
+    def time(self, built: Built) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """Latency and peak memory of the serving model in the scenario, and details for the record."""
+
+    @abstractmethod
+    def save(self, built: Built, folder: Path) -> None:
+        """Write configuration and tokenizer (not weights) so that ``folder`` can be loaded."""

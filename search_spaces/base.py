@@ -1,0 +1,152 @@
+"""What a kind of compression must say about itself, and the model site that it is asked about.
+
+To add a kind, write one file beside this one with one ``Space`` and register its name. Modules here
+import torch inside functions only: the driver reads them and never loads weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from autocomp.space import Candidate, Decision, SpaceConstraint, Value
+
+if TYPE_CHECKING:
+    from autocomp.workloads.base import Built
+
+
+class Stage(IntEnum):
+    """The order in which the spaces of a joint search are applied to a model."""
+
+    STRUCTURE = 0
+    NUMERICS = 1
+    RUNTIME = 2
+    SCHEDULE = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a model that a space may change.
+
+    Attributes:
+        path: module path in the model, ``model.layers.0.self_attn.q_proj``.
+        kind: ``linear``, ``embedding`` or another word that workload and space agree on.
+        shape: ``(output features, input features)``; for an embedding ``(rows, width)``.
+        block: index of the repeated block, ``None`` outside of one.
+        tie: parts with the same tie read the same input (q/k/v, gate/up) or share a weight, so serving
+            engines fuse them and want one format.
+        role: ``body``, ``head`` (output projection) or ``embedding``.
+        shared_with: path of the part that owns the weight, when this one only borrows it (tied head).
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    block: int | None = None
+    tie: str = ""
+    role: str = "body"
+    shared_with: str = ""
+
+    @property
+    def numel(self) -> int:
+        product = 1
+        for n in self.shape:
+            product *= n
+        return product
+
+
+@dataclass(frozen=True)
+class ModelSite:
+    """What a workload found in a model: parts, and the bytes of everything that is no part.
+
+    Attributes:
+        family: the model's type name (``llama``).
+        parts: compressible pieces in execution order.
+        other_bytes: bytes of all other weights and buffers (norms, biases), stored as loaded.
+        fingerprint: hash of the weights' content: same weights, same hash, wherever they lie.
+    """
+
+    family: str
+    parts: tuple[Part, ...]
+    other_bytes: int
+    fingerprint: str
+
+    def part(self, path: str) -> Part:
+        return next(p for p in self.parts if p.path == path)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSite:
+        parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data["parts"])
+        return cls(data["family"], parts, data["other_bytes"], data["fingerprint"])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one option of one decision takes.
+
+    Attributes:
+        metrics: exact additive costs by metric (``memory_mb``: 10**6 bytes; ``code_bits``: bits).
+        ops: kernel calls of one forward step: operation key -> number of calls. A key names everything
+            the time depends on except the batch (``linear/576x1536/w4g64``).
+        executes: backend that runs it on the asked device; empty when it can only be simulated there.
+        reason: why not, when ``executes`` is empty, with the remedy.
+    """
+
+    metrics: Mapping[str, float]
+    ops: Mapping[str, int] = field(default_factory=dict)
+    executes: str = ""
+    reason: str = ""
+
+
+class Space(ABC):
+    """One kind of compression: its decisions, what a choice does to the model, what an option costs."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: BaseModel) -> None:
+        self.config = config
+
+    @abstractmethod
+    def decisions(self, site: ModelSite) -> list[Decision]:
+        """Decisions for this model; names start with ``{self.name}/``.
+
+        Raises:
+            SpaceError: the configuration leaves nothing to decide, or names what the model lacks.
+        """
+
+    @abstractmethod
+    def resources(self, site: ModelSite, decision: Decision, option: Value, device: str) -> Resources:
+        """Exact costs of an option and what executes it on ``device`` (``cpu``, ``cuda``)."""
+
+    @abstractmethod
+    def apply(self, built: Built, choices: Mapping[str, Value], *, serving: bool) -> None:
+        """Bring the built model to ``choices`` (decision name -> option), from whatever state it is in.
+
+        With ``serving`` false the model computes the compressed weights' exact values in its own dtype
+        (fast to score in batches); with ``serving`` true the kernels that will serve it are in place.
+        """
+
+    def constraints(self, site: ModelSite, decisions: Sequence[Decision]) -> list[SpaceConstraint]:
+        """Constraints between this space's decisions; none by default."""
+        del site, decisions
+        return []
+
+    def baselines(self, decisions: Sequence[Decision]) -> list[Candidate]:
+        """Uniform assignments of this space: each option that every decision has."""
+        from autocomp.space import SearchSpace
+
+        return SearchSpace(tuple(decisions)).uniform()
+
+    def neutral(self, decision: Decision) -> Value:
+        """The option that leaves the model as it was."""
+        raise NotImplementedError(f"space {self.name!r} has no neutral option for {decision.name}")
