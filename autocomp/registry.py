@@ -32,6 +32,10 @@ class Registry:
         found = {e.name for e in entry_points(group=f"autocomp.{self.kind}s")}
         return sorted(found | set(self._targets))
 
+    def check(self, name: str) -> str:
+        """``name`` when it is registered, without importing it; raises ``JobError`` as ``get`` does."""
+        return name if name in self.names() else self.get(name)
+
     def get(self, name: str) -> Any:
         """The registered object.
 

@@ -69,12 +69,14 @@ class ModelSite:
         parts: compressible pieces in execution order.
         other_bytes: bytes of all other weights and buffers (norms, biases), stored as loaded.
         fingerprint: hash of the weights' content: same weights, same hash, wherever they lie.
+        itemsize: bytes of one weight that is left as it is.
     """
 
     family: str
     parts: tuple[Part, ...]
     other_bytes: int
     fingerprint: str
+    itemsize: int = 2
 
     def part(self, path: str) -> Part:
         return next(p for p in self.parts if p.path == path)
@@ -85,7 +87,7 @@ class ModelSite:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSite:
         parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data["parts"])
-        return cls(data["family"], parts, data["other_bytes"], data["fingerprint"])
+        return cls(data["family"], parts, data["other_bytes"], data["fingerprint"], data["itemsize"])
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,5 @@
-"""Weight quantization numerics: schemes, rounding, quantized tensors. Knows nothing of the framework."""
+"""Weight quantization numerics: schemes, rounding, quantized tensors. Knows nothing of the framework.
+
+``scheme`` is free of torch and may be imported anywhere; import the numerics from their modules
+(``rounding.quantize``, ``tensor.QuantizedTensor``).
+"""

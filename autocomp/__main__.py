@@ -1,0 +1,5 @@
+"""``python -m autocomp``."""
+
+from autocomp.cli import main
+
+main()

@@ -1,0 +1,338 @@
+"""The command line. Importing this module, and ``--help``, load neither torch nor ray, mlflow or optuna.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 nothing found or something
+required is missing, 2 an error that the user can mend, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from autocomp.errors import AutocompError, JobError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autocomp.pareto import ParetoFront
+    from autocomp.study import Event, StudyResult
+    from autocomp.trial import Trial
+
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns our errors into one message and exit code 2, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AutocompError as error:
+            if os.environ.get("AUTOCOMP_DEBUG", "") not in ("", "0"):
+                traceback.print_exc()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Search for the best way to compress your generative model for your hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job in YAML.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-o", "--override", metavar="KEY=VALUE", help="Set a dotted key of the job; may be repeated."
+    ),
+]
+Select = Annotated[str, typer.Option("--select", help="Bounds and one goal: 'kl <= 0.1, min decode_ms'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and the result only.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from autocomp import __version__
+
+        typer.echo(f"autocomp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+    set_up_logging()
+
+
+@app.command()
+def search(
+    job: JobFile,
+    override: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where to keep the run; default: below the job's output.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a search and print its front."""
+    from autocomp import api
+    from autocomp.job import Job
+
+    checked = Job.from_yaml(job, override or ())
+    folder = run_dir if run_dir is not None else api.new_run_dir(checked)
+    _run(folder, quiet, lambda on_event: api.search(checked, run_dir=folder, on_event=on_event))
+
+
+@app.command()
+def resume(run_dir: RunDir, override: Overrides = None, quiet: Quiet = False) -> None:
+    """Continue a run that was stopped; nothing is measured twice. Only budget, executor and tracking may change."""
+    from autocomp import api
+
+    _run(
+        run_dir,
+        quiet,
+        lambda on_event: api.resume(run_dir, overrides=override or (), on_event=on_event),
+    )
+
+
+@app.command()
+def front(
+    run_dir: RunDir,
+    select: Select = "",
+    html: Annotated[Path | None, typer.Option(help="Write an interactive page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture (.png, .svg, .pdf).")] = None,
+    choices: Annotated[
+        Path | None, typer.Option("--map", help="Write a picture of what each layer of --select got.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the front of a run, finished or not."""
+    from autocomp import api
+
+    if choices is not None and not select:
+        raise JobError("--map draws one candidate; say which with --select 'kl <= 0.1, min decode_ms'")
+    found = api.front_of(run_dir)
+    selected = found.select(select) if select else None
+    if as_json:
+        typer.echo(json.dumps(_front_json(found, selected), indent=2))
+    else:
+        _print_front(found, selected)
+    _draw(run_dir, found, selected, html, png, choices)
+
+
+@app.command()
+def measure(
+    job: JobFile,
+    candidate: Annotated[
+        Path, typer.Option(help="JSON or YAML: decision names and options, or {'*': option}.")
+    ],
+    override: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure one candidate here, on the report split."""
+    from autocomp import api, report
+    from autocomp.job import Job
+
+    values = _read_candidate(candidate)
+    trial = api.measure(Job.from_yaml(job, override or ()), values)
+    if as_json:
+        typer.echo(json.dumps(trial.to_json(), indent=2))
+    elif trial.measurement is None:
+        reason = trial.failure.reason if trial.failure is not None else "no reason given"
+        typer.echo(f"failed: {reason}")
+    else:
+        typer.echo(f"{report.describe(trial.candidate)} on {trial.measurement.device}")
+        width = max(map(len, trial.values()), default=0)
+        for name, value in trial.values().items():
+            typer.echo(f"  {name:<{width}}  {report.number_text(value, trial.stderr(name))}")
+    if not trial.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    select: Select,
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    format: Annotated[str, typer.Option("--format", help="native, compressed-tensors, ...")] = "native",
+) -> None:
+    """Write one point of a front as a model folder."""
+    from autocomp import api
+
+    written = api.export(run_dir, select, format=format, out=out)
+    typer.echo(f"wrote {written}")
+    if format == "native":
+        typer.echo(f"load it with: model = autocomp.load({str(written)!r})")
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: what is here.")] = "",
+    speed: Annotated[bool, typer.Option("--speed", help="Time each option against bf16 (a minute).")] = False,
+) -> None:
+    """Say what this machine can execute, what is missing, and how to get it."""
+    from autocomp import doctor as examination
+
+    sections = examination.examine(device, speed)
+    typer.echo(json.dumps(examination.to_json(sections), indent=2) if as_json else examination.text(sections))
+    if examination.broken(sections):
+        raise typer.Exit(1)
+
+
+def _run(folder: Path, quiet: bool, call: Callable[[Callable[[Event], None]], StudyResult]) -> None:
+    """Run or continue a study with a display, then print its front and what to do next."""
+    from rich.console import Console
+
+    from autocomp.progress import make_display
+
+    console = Console(stderr=True)
+    if not quiet:
+        typer.echo(f"run directory: {folder}", err=True)
+    try:
+        with make_display(console, quiet) as display:
+            result = call(display)
+    except (AutocompError, KeyboardInterrupt):
+        _say_resume(folder)
+        raise
+    if result.front.points or result.status == "finished":
+        _print_front(result.front)
+    if result.status != "finished":
+        _say_resume(folder)
+        raise typer.Exit(INTERRUPTED)
+    _say_next(folder, result)
+    if not result.front.points:
+        raise typer.Exit(1)
+
+
+def _say_resume(folder: Path) -> None:
+    if (folder / "journal.jsonl").exists():
+        typer.echo(f"everything measured is kept; continue with: autocomp resume {folder}", err=True)
+
+
+def _say_next(folder: Path, result: StudyResult) -> None:
+    from autocomp.progress import duration_text
+
+    typer.echo(f"finished in {duration_text(result.seconds)}: {result.run_dir}", err=True)
+    if result.front.points:
+        goal = result.front.objectives[0]
+        typer.echo(f"next: autocomp export {folder} --select '{goal}' --out DIR", err=True)
+
+
+def _print_front(found: ParetoFront, selected: Trial | None = None) -> None:
+    """A table as wide as a terminal, or aligned text when stdout goes elsewhere."""
+    from autocomp import report
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(report.rich_table(found, selected))
+    else:
+        typer.echo(report.text(found, selected))
+    if selected is not None:
+        typer.echo(f"selected: trial {selected.number}, {report.describe(selected.candidate)}")
+
+
+def _front_json(found: ParetoFront, selected: Trial | None) -> dict[str, Any]:
+    return {
+        "objectives": [str(o) for o in found.objectives],
+        "constraints": [str(c) for c in found.constraints],
+        "points": found.rows(),
+        "selected": None if selected is None else selected.to_json(),
+    }
+
+
+def _draw(
+    run_dir: Path,
+    found: ParetoFront,
+    selected: Trial | None,
+    html: Path | None,
+    png: Path | None,
+    choices: Path | None,
+) -> None:
+    """Write the pictures that were asked for."""
+    if html is None and png is None and choices is None:
+        return
+    from autocomp import choice_map, plots
+    from autocomp.run_files import read_space
+
+    written = []
+    try:
+        if html is not None:
+            written.append(plots.front_html(found, html, selected))
+        if png is not None:
+            written.append(plots.front_png(found, png, selected))
+        if choices is not None and selected is not None:
+            written.append(choice_map.choice_map_png(read_space(run_dir), selected.candidate, choices))
+    except (OSError, ValueError) as error:  # a folder that can't be written, or a suffix nobody draws
+        raise JobError(f"can't write the picture: {error}") from None
+    for path in written:
+        typer.echo(f"wrote {path}", err=True)
+
+
+def _read_candidate(path: Path) -> dict[str, Any]:
+    """A mapping of decision names to options from a JSON or YAML file."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise JobError(f"can't read the candidate {str(path)!r}: {error}") from None
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise JobError(f"{str(path)!r} must hold a mapping of decision names to options, or {{'*': option}}")
+    return data
+
+
+def set_up_logging() -> None:
+    """Send the ``autocomp`` loggers to stderr at ``AUTOCOMP_LOG_LEVEL`` (``INFO``).
+
+    Raises:
+        JobError: the level is no level.
+    """
+    name = os.environ.get("AUTOCOMP_LOG_LEVEL", "INFO").upper()
+    level = logging.getLevelNamesMapping().get(name)
+    if level is None:
+        raise JobError(f"AUTOCOMP_LOG_LEVEL = {name!r} is not one of DEBUG, INFO, WARNING, ERROR")
+    root = logging.getLogger("autocomp")
+    root.setLevel(level)
+    for old in list(root.handlers):
+        if not isinstance(old, logging.NullHandler):
+            root.removeHandler(old)
+    root.addHandler(_handler())
+    root.propagate = False
+
+
+def _handler() -> logging.Handler:
+    """Colours for a terminal; one unwrapped line a record for anything else."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def main() -> None:
+    """Entry point of the ``autocomp`` command."""
+    app()

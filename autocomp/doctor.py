@@ -1,0 +1,248 @@
+"""What this machine can execute, what is missing, and how to get it.
+
+Every finding is guarded on its own: a broken driver or a package that fails to import becomes a line with
+the reason, never a stack trace.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from autocomp import __version__
+
+Status = Literal["ok", "note", "missing", "broken"]
+
+OPTIONS = (
+    "w16", "w8", "w8g128", "w6g64", "w5g64", "w4g32", "w4g64", "w4g128", "w4g64a", "w4g64o0.5", "w3g64", "w2g64",
+)  # fmt: skip
+"""Weight formats that are asked about, largest first."""
+SHAPE = (2048, 2048)
+SPEED_SHAPES = ((2048, 2048), (5632, 2048))
+"""(output, input features): an attention projection and an MLP projection of a model with 1 B weights."""
+
+_COMPILERS = (
+    ("gcc", "CPU kernels that are compiled here", "apt install build-essential"),
+    ("g++", "CPU kernels that are compiled here", "apt install build-essential"),
+    ("nvcc", "CUDA sources only; Triton kernels do without", "install the CUDA toolkit"),
+)
+_TOOLS = (("optuna-dashboard", "browse RUN_DIR/optuna.log", "pip install optuna-dashboard"),)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        name: what was looked at.
+        status: ``ok``; ``note`` (works, but see the remedy); ``missing`` (optional); ``broken`` (needed).
+        value: version, model, backend, or why not.
+        remedy: what to do about it; empty when there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    value: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Findings under a heading."""
+
+    title: str
+    findings: tuple[Finding, ...]
+
+
+def examine(device: str = "", speed: bool = False) -> list[Section]:
+    """Look at everything.
+
+    Args:
+        device: ``cpu`` or ``cuda``; by default the CPU, and CUDA where torch sees a GPU.
+        speed: also time each option (a minute on a CPU).
+    """
+    devices = [device] if device else ["cpu", *(["cuda"] if _has_cuda() else [])]
+    sections = [
+        Section("machine", tuple(_guard("machine", _machine))),
+        Section("compilers", tuple(_compiler(*c) for c in _COMPILERS)),
+        Section("packages", tuple(_guard("packages", _packages))),
+    ]
+    for name in devices:
+        found = tuple(_guard("kernels", lambda name=name: _kernels(name)))  # type: ignore[misc]
+        sections.append(Section(f"weight formats on {name} at decode, {SHAPE[0]}x{SHAPE[1]}", found))
+        if speed:
+            for shape in SPEED_SHAPES:
+                times = tuple(_guard("speed", lambda n=name, s=shape: _speed(n, s)))  # type: ignore[misc]
+                sections.append(Section(f"time of one {shape[0]}x{shape[1]} linear on {name}, 1 token", times))
+    return sections
+
+
+def broken(sections: Sequence[Section]) -> bool:
+    """True when something that autocomp needs is not there."""
+    return any(f.status == "broken" for s in sections for f in s.findings)
+
+
+def to_json(sections: Sequence[Section]) -> dict[str, Any]:
+    return {s.title: [asdict(f) for f in s.findings] for s in sections}
+
+
+def text(sections: Sequence[Section]) -> str:
+    """Aligned plain text: a mark, the name, the value, and the remedy on a line of its own."""
+    marks = {"ok": "  ok", "note": "note", "missing": "  --", "broken": " BAD"}
+    width = max((len(f.name) for s in sections for f in s.findings), default=0)
+    lines = [f"autocomp {__version__}"]
+    for section in sections:
+        lines += ["", section.title]
+        for f in section.findings:
+            lines.append(f"  {marks[f.status]}  {f.name:<{width}}  {f.value}".rstrip())
+            if f.remedy:
+                lines.append(f"        {'':<{width}}  -> {f.remedy}")
+    return "\n".join(lines)
+
+
+def _guard(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What ``look`` finds, up to the error that it may end with."""
+    try:
+        yield from look()
+    except ImportError as error:
+        yield Finding(name, "broken", f"can't import {error.name or error}", "reinstall: pip install -U autocomp")
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        yield Finding(name, "broken", f"{type(error).__name__}: {first}", "see the message; set AUTOCOMP_DEBUG=1")
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+
+        return bool(torch.cuda.is_available())
+    except Exception:
+        return False  # the package section says what is wrong with torch
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+
+    yield Finding("system", "ok", f"{platform.system()} {platform.release()}, Python {platform.python_version()}")
+    memory = psutil.virtual_memory()
+    available, total = memory.available / 1e9, memory.total / 1e9
+    yield Finding("memory", "ok", f"{total:.1f} GB, {available:.1f} GB available")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("CPU cores", "ok", f"{usable} usable of {os.cpu_count()}")
+    yield from _load(usable)
+    from autocomp.measure import device
+
+    yield Finding("CPU", "ok", device.device_name("cpu"))
+    warning = device.spin_wait_warning()
+    if warning:
+        yield Finding("threads", "note", warning, "workers of a search get it set; set it for your own timings")
+    yield from _gpus()
+
+
+def _load(cores: int) -> Iterator[Finding]:
+    """Other work on the machine is the commonest reason for a latency that nobody can repeat."""
+    if not hasattr(os, "getloadavg"):
+        return
+    load = os.getloadavg()[0]
+    busy = load > 0.5 * cores
+    remedy = "latencies taken now will be noisy; stop other work before a search" if busy else ""
+    yield Finding("load, last minute", "note" if busy else "ok", f"{load:.1f}", remedy)
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = f"torch is built for CUDA {built} but sees no GPU" if built else "torch is built without CUDA"
+        remedy = "check nvidia-smi" if built else "only for a machine with an NVIDIA GPU: install torch for CUDA"
+        yield Finding("GPU", "missing", reason, remedy)
+        return
+    from autocomp.measure import device
+
+    for index in range(torch.cuda.device_count()):
+        free, _ = torch.cuda.mem_get_info(index)
+        value = f"{device.device_name(f'cuda:{index}')}, {free / 1e9:.1f} GB free"
+        yield Finding(f"GPU {index}", "ok", value)
+
+
+def _compiler(name: str, purpose: str, remedy: str) -> Finding:
+    path = shutil.which(name)
+    if path is None:
+        return Finding(name, "missing", purpose, remedy)
+    try:
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(name, "note", f"{path} does not run: {error}", remedy)
+    lines = [line for line in shown.stdout.splitlines() if any(c.isdigit() for c in line)]
+    released = [line for line in lines if "release" in line]
+    return Finding(name, "ok", (released or lines or [path])[0].strip())
+
+
+def _packages() -> Iterator[Finding]:
+    """The project's own requirements, read from its metadata, against what is installed."""
+    from packaging.requirements import Requirement
+
+    for line in metadata.requires("autocomp") or ():
+        requirement = Requirement(line)
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        extra = next((e for e in ("export",) if not needed and requirement.marker.evaluate({"extra": e})), "")
+        if (needed or extra) and requirement.name != "autocomp":
+            yield _package(requirement.name, str(requirement.specifier), extra)
+    for name, purpose, remedy in _TOOLS:
+        yield _tool(name, purpose, remedy)
+
+
+def _package(name: str, wanted: str, extra: str) -> Finding:
+    from packaging.specifiers import SpecifierSet
+
+    remedy = f"pip install 'autocomp[{extra}]'" if extra else f"pip install '{name}{wanted}'"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "missing" if extra else "broken", f"not installed (wanted {wanted})", remedy)
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding(name, "note", f"{version}, but {wanted} is wanted", remedy)
+    return Finding(name, "ok", version)
+
+
+def _tool(name: str, purpose: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "missing", f"not installed; optional: {purpose}", remedy)
+
+
+def _kernels(device: str) -> Iterator[Finding]:
+    """Which backend runs each weight format; what has none can be searched for size, not for latency."""
+    from autocomp.kernels.ops import capability
+    from autocomp.quantize.scheme import Scheme
+
+    for label in OPTIONS:
+        found = capability(Scheme.parse(label), SHAPE, device)
+        if found.native:
+            yield Finding(label, "ok", found.backend)
+        else:
+            yield Finding(label, "missing", "simulated only, no latency", found.reason)
+
+
+def _speed(device: str, shape: tuple[int, int]) -> Iterator[Finding]:
+    """Median time of each executable format and how many times faster than bfloat16 it is."""
+    from autocomp.kernels.ops import capability
+    from autocomp.measure.op_table import op_key, time_op
+    from autocomp.quantize.scheme import Scheme
+
+    dense = time_op(op_key(shape, Scheme(16)), tokens=1, device=device).median_ms
+    yield Finding("w16", "ok", f"{dense:8.4f} ms  1.00x")
+    for label in OPTIONS[1:]:
+        scheme = Scheme.parse(label)
+        if capability(scheme, shape, device).native:
+            timing = time_op(op_key(shape, scheme), tokens=1, device=device)
+            ratio = dense / timing.median_ms
+            yield Finding(label, "ok" if ratio >= 1 else "note", f"{timing.median_ms:8.4f} ms  {ratio:.2f}x")

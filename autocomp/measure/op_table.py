@@ -1,0 +1,140 @@
+"""Times of single operations at decode: the rows of a latency table.
+
+A key names everything the time depends on except the number of tokens: ``linear/576x1536/w4g64`` is a
+linear layer with 576 output and 1536 input features; ``embedding/49152x576/w8`` a look-up.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from autocomp.errors import CapabilityError
+from autocomp.kernels.modules import PackedEmbedding, PackedLinear
+from autocomp.kernels.ops import capability, random_weight
+from autocomp.measure.timing import Timing, time_calls
+from autocomp.quantize.scheme import Scheme
+
+COLD_BYTES = 64 * 2**20
+"""Copies of a weight add up to this, so that each call finds its own out of the CPU's caches."""
+COLD_BYTES_CUDA = 256 * 2**20
+"""The same for a GPU: five times the 50 MiB L2 of an H100."""
+MAX_COPIES = 256
+"""Bound on the calls of one sample; reached by weights below COLD_BYTES / 256 only."""
+
+_KEY = re.compile(r"^(linear|embedding)/(\d+)x(\d+)/([a-z0-9.]+)$")
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of call: ``kind`` is ``linear`` or ``embedding``, ``shape`` is (N, K)."""
+
+    kind: str
+    shape: tuple[int, int]
+    scheme: Scheme
+
+    @property
+    def key(self) -> str:
+        rows, columns = self.shape
+        return f"{self.kind}/{rows}x{columns}/{self.scheme.label}"
+
+
+def op_key(shape: tuple[int, int], scheme: Scheme, kind: str = "linear") -> str:
+    """``linear/NxK/label``."""
+    return Operation(kind, shape, scheme).key
+
+
+def parse_op_key(key: str) -> Operation:
+    """Inverse of ``op_key``; raises ``ValueError`` with the form when ``key`` doesn't have it."""
+    match = _KEY.match(key)
+    if match is None:
+        raise ValueError(f"{key!r} is not an operation key; they look like 'linear/576x1536/w4g64'")
+    kind, rows, columns, label = match.groups()
+    return Operation(kind, (int(rows), int(columns)), Scheme.parse(label))
+
+
+def time_op(
+    key: str,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    *,
+    repeats: int = 20,
+    min_seconds: float = 0.0,
+) -> Timing:
+    """Time one call through the very modules that serve it (``F.linear``, ``F.embedding`` for ``w16``).
+
+    Weights are random and rotate through enough copies that, as in a whole model, each call reads its
+    weight from memory and not from a cache. A sample is one round over all copies, divided by their number.
+
+    Args:
+        key: from ``op_key``.
+        tokens: rows of activations (M), or indices looked up.
+        dtype: of activations, and of the weights under ``w16``.
+        device: ``cpu`` or ``cuda``.
+        repeats, min_seconds: as in ``time_calls``.
+
+    Raises:
+        CapabilityError: the device can only simulate this linear, so it has no latency there.
+        ValueError: a malformed key, or fewer than one token.
+    """
+    op = parse_op_key(key)
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1; got {tokens}")
+    if op.kind == "linear":
+        found = capability(op.scheme, op.shape, torch.device(device).type)
+        if not found.native:
+            raise CapabilityError(f"{key} has no latency here: {found.reason}")
+    with torch.inference_mode():
+        calls = _rotating(op, tokens, dtype, torch.device(device))
+
+        def round_trip() -> None:
+            for call in calls:
+                call()
+
+        return time_calls(
+            round_trip, warmup=2, repeats=repeats, device=device, min_seconds=min_seconds, calls=len(calls)
+        )
+
+
+def _rotating(op: Operation, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
+    """Equal calls, each with a weight of its own."""
+    rows, columns = op.shape
+    generator = torch.Generator().manual_seed(0)
+    if op.kind == "linear":
+        x = torch.randn(tokens, columns, generator=generator).to(device, dtype)
+    else:
+        x = torch.randint(0, rows, (tokens,), generator=generator).to(device)
+    one = 2 * rows * columns if op.scheme.is_dense else op.scheme.weight_bytes(rows, columns)
+    cold = COLD_BYTES_CUDA if device.type == "cuda" else COLD_BYTES
+    copies = max(1, min(MAX_COPIES, -(-cold // max(1, one))))
+    make = _dense_calls if op.scheme.is_dense else _packed_calls
+    return make(op, x, copies, dtype, device)
+
+
+def _dense_calls(
+    op: Operation, x: torch.Tensor, copies: int, dtype: torch.dtype, device: torch.device
+) -> list[Call]:
+    generator = torch.Generator().manual_seed(1)
+    weight = (torch.randn(op.shape, generator=generator) / op.shape[1] ** 0.5).to(device, dtype)
+    run = F.linear if op.kind == "linear" else F.embedding
+    return [partial(run, x, weight.clone()) for _ in range(copies)]
+
+
+def _packed_calls(
+    op: Operation, x: torch.Tensor, copies: int, dtype: torch.dtype, device: torch.device
+) -> list[Call]:
+    weight = random_weight(op.scheme, op.shape)
+    module: PackedLinear | PackedEmbedding
+    if op.kind == "linear":
+        module = PackedLinear(weight, device=device, dtype=dtype)
+    else:
+        module = PackedEmbedding(weight, device=device, dtype=dtype)
+    return [partial(copy.deepcopy(module), x) for _ in range(copies)]

@@ -1,0 +1,349 @@
+"""What runs on a device: holds the model and the layer bank; describes, profiles, measures, exports.
+
+Every method takes and returns JSON-able data, so that any executor can carry it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autocomp.description import Description
+from autocomp.errors import CapabilityError, ExportError
+from autocomp.job import Job
+from autocomp.measure import device as devices
+from autocomp.measure.quiet import computing, timing
+from autocomp.predictors import sensitivity
+from autocomp.profile import ProfileRequest, ProfileResult
+from autocomp.quantize.bank import LayerBank, default_folder
+from autocomp.registry import EXPORTERS, SPACES, WORKLOADS
+from autocomp.search_spaces.base import Part, Resources, Space
+from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, Value
+from autocomp.trial import Estimate, Fidelity, Measurement
+from autocomp.workloads.base import Built, Workload
+
+
+class ModelWorker:
+    """A loaded model with its spaces. Long-lived: one a device.
+
+    Args:
+        job: resolved job.
+        threads: CPU threads for everything but timings (those follow the scenario).
+    """
+
+    def __init__(self, job: Mapping[str, Any], threads: int = 1) -> None:
+        self.job = Job.of(job)
+        self.threads = threads
+        devices.set_threads(threads)
+        self.device = _device(self.job.device)
+        self.lock = _lock_path(self.device)
+        options = dict(self.job.workload)
+        workload = WORKLOADS.get(options.pop("kind"))
+        self.workload: Workload = workload(workload.Config.model_validate(options), seed=self.job.seed)
+        with computing(self.lock):
+            self.built: Built = self.workload.load(self.device)
+        self.spaces = _spaces(self.job)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        site, state = self.built.site, self.built.state
+        self.decisions: dict[str, list[Decision]] = {s.name: s.decisions(site) for s in self.spaces}
+        state["decisions"] = self.decisions
+        self._teachers: set[tuple[str, int]] = set()
+        state["bank"] = LayerBank(folder=default_folder())
+        if hasattr(self.workload, "inputs"):
+            ids = self.workload.inputs(self.built, "calibration", self._calibration_size())
+            state["hessian"] = sensitivity.GramStore(self.built, ids)
+            state["calibration"] = f"{site.fingerprint}:{_ids_hash(ids)}"
+
+    def _calibration_size(self) -> int:
+        """Sequences that profiles and error-compensated rounding use: at most what the split holds."""
+        available = int(self.job.workload.get("data", {}).get("calibration", 0))
+        return min(self.job.sensitivity.sequences, available) if available else self.job.sensitivity.sequences
+
+    # -- describe ---------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The driver's picture of this job, as ``Description.to_json``."""
+        kind = self.device.split(":")[0]
+        resources = {
+            d.name: {o: s.resources(self.built.site, d, o, kind) for o in d.options}
+            for s in self.spaces
+            for d in self.decisions[s.name]
+        }
+        space = self._search_space()
+        metrics = {**self.workload.quality_metrics, **dict.fromkeys(self.workload.timing_metrics, True)}
+        metrics |= {"memory_mb": True, "avg_bits": True}
+        return Description(
+            site=self.built.site,
+            space=space,
+            baselines=tuple(self._baselines(space)),
+            exact=_exact_tables(self.built.site, resources),
+            resources=resources,
+            metrics=metrics,
+            timing=tuple(self.workload.timing_metrics),
+            profiles=tuple(f"sensitivity:{m}" for m in sensitivity.METHODS),
+            device=devices.device_name(self.device, self._timing_threads()),
+            versions=devices.software_versions(),
+        ).to_json()
+
+    def _search_space(self) -> SearchSpace:
+        decisions = [d for s in self.spaces for d in self.decisions[s.name]]
+        constraints = [c for s in self.spaces for c in s.constraints(self.built.site, self.decisions[s.name])]
+        return SearchSpace(tuple(decisions), tuple(constraints))
+
+    def _baselines(self, space: SearchSpace) -> Iterator[Candidate]:
+        """The uncompressed model where it is in the space, then every uniform assignment."""
+        neutral = self._neutral()
+        if neutral is not None:
+            yield neutral
+        for s in self.spaces:
+            for part in s.baselines(self.decisions[s.name]):
+                rest = {} if neutral is None else dict(neutral.values)
+                candidate = Candidate.of({**rest, **part.values})
+                if candidate != neutral and not space.violations(candidate):
+                    yield candidate
+
+    def _neutral(self) -> Candidate | None:
+        """Every decision at its neutral option, or at its largest where the neutral one is not offered."""
+        values: dict[str, Value] = {}
+        for s in self.spaces:
+            for d in self.decisions[s.name]:
+                neutral = s.neutral(d)
+                values[d.name] = neutral if d.domain.contains(neutral) else d.options[-1]
+        return Candidate.of(values)
+
+    def _timing_threads(self) -> int:
+        scenario = self.job.workload.get("scenario", {})
+        return int(scenario.get("threads") or 0) or (os.cpu_count() or 1)
+
+    # -- profile ----------------------------------------------------------------------------------
+
+    def profile(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one shard of a profile: ``{"kind", "shard", "shards", "keys"?}``; a ``ProfileResult``."""
+        wanted = ProfileRequest(request["kind"], request["shard"], request["shards"])
+        if wanted.kind == "operations":
+            return self._operations(wanted, request["keys"], request["metrics"]).to_json()
+        method = wanted.kind.partition(":")[2]
+        if method not in sensitivity.METHODS:
+            raise CapabilityError(f"unknown profile {wanted.kind!r}; known: {sensitivity.METHODS}")
+        with computing(self.lock):
+            self._restore()
+            return self._sensitivity(method, wanted).to_json()
+
+    def _sensitivity(self, method: str, request: ProfileRequest) -> ProfileResult:
+        decisions = [d for s in self.spaces for d in self.decisions[s.name]]
+        if method in sensitivity.GRADIENT_METHODS:
+            ids = self.workload.inputs(self.built, "calibration", self._calibration_size())  # type: ignore[attr-defined]
+            mine = ids[request.shard :: request.shards]
+            folds = max(1, 4 // request.shards)
+            return sensitivity.gradient_sensitivity(
+                self.built, mine, decisions, self._delta, method=method, folds=folds
+            )
+        mine_decisions = decisions[request.shard :: request.shards]
+        if method == "activation":
+            gram = self.built.state["hessian"]
+            return sensitivity.activation_sensitivity(self.built, mine_decisions, self._delta, gram)
+        return sensitivity.measured_sensitivity(mine_decisions, self._single_change)
+
+    def _delta(self, part: Part, option: Value) -> torch.Tensor | None:
+        for s in self.spaces:
+            if any(part.path in d.sites for d in self.decisions[s.name]) and hasattr(s, "delta"):
+                found: torch.Tensor | None = s.delta(self.built, part, option)
+                return found
+        raise CapabilityError(
+            f"no space gives weight changes for {part.path}; use sensitivity.method: measured"
+        )
+
+    def _single_change(self, name: str, option: Value) -> tuple[float, int]:
+        neutral = self._neutral()
+        assert neutral is not None
+        fidelity = Fidelity("sensitivity", "calibration", self._calibration_size(), timing=False)
+        self._ensure_teacher(fidelity)
+        self._apply(neutral.replace({name: option}), serving=False)
+        metrics, _ = self.workload.score(self.built, fidelity)
+        return metrics["kl"].value, metrics["kl"].n
+
+    def _operations(
+        self, request: ProfileRequest, keys: Sequence[str], metrics: Mapping[str, int]
+    ) -> ProfileResult:
+        """Time kernel calls: one row a key; the option is the metric whose token count was used."""
+        from autocomp.measure.op_table import time_op
+
+        started = time.perf_counter()
+        rows: dict[str, dict[Value, tuple[int, float, float]]] = {}
+        with timing(self.lock), devices.threads(self._timing_threads()):
+            for key in keys[request.shard :: request.shards]:
+                for metric, tokens in metrics.items():
+                    found = time_op(key, tokens, self.built.model.dtype, self.device)
+                    n, m, s = found.n, found.median_ms, found.stderr_ms
+                    rows.setdefault(key, {})[metric] = (n, n * m, n * (m * m + (n - 1) * s * s))
+        return ProfileResult(request.kind, rows, time.perf_counter() - started)
+
+    # -- measure ----------------------------------------------------------------------------------
+
+    def measure(self, candidate: Mapping[str, Value], fidelity: Mapping[str, Any]) -> dict[str, Any]:
+        """Build, score and time one candidate; ``asdict`` of a ``Measurement``.
+
+        Raises:
+            SpaceError: the candidate is not in the space.
+            FloatingPointError: a metric is not finite.
+        """
+        started = time.perf_counter()
+        wanted, level = Candidate.of(candidate), Fidelity(**fidelity)
+        self._search_space().check(wanted)
+        with computing(self.lock):
+            self._ensure_teacher(level)
+            self._apply(wanted, serving=False)
+            metrics, tokens = self.workload.score(self.built, level)
+        metrics |= self._exact(wanted)
+        details: dict[str, Any] = {}
+        if level.timing and not self._unexecutable(wanted):
+            timed, details = self._time(wanted)
+            metrics |= timed
+        _check_finite(metrics)
+        return asdict(
+            Measurement(
+                metrics=metrics,
+                device=devices.device_name(self.device, self._timing_threads()),
+                seconds=time.perf_counter() - started,
+                tokens=tokens,
+                versions=devices.software_versions(),
+                details=details,
+            )
+        )
+
+    def _exact(self, candidate: Candidate) -> dict[str, Estimate]:
+        if not hasattr(self, "_tables"):
+            self._tables = Description.from_json(self.describe()).exact
+        return {m: Estimate(t.total(candidate)) for m, t in self._tables.items()}
+
+    def _unexecutable(self, candidate: Candidate) -> list[str]:
+        kind = self.device.split(":")[0]
+        return [
+            found.reason
+            for s in self.spaces
+            for d in self.decisions[s.name]
+            for found in [s.resources(self.built.site, d, candidate[d.name], kind)]
+            if not found.executes
+        ]
+
+    def _time(self, candidate: Candidate) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        with computing(self.lock):
+            self._apply(candidate, serving=True)
+        try:
+            with timing(self.lock), devices.threads(self._timing_threads()):
+                return self.workload.time(self.built)
+        finally:
+            self._restore()
+
+    def _apply(self, candidate: Candidate, *, serving: bool) -> None:
+        for space in sorted(self.spaces, key=lambda s: s.stage):
+            choices = {d.name: candidate[d.name] for d in self.decisions[space.name]}
+            space.apply(self.built, choices, serving=serving)
+
+    def _restore(self) -> None:
+        swapper = self.built.state.get("swapper")
+        if swapper is not None:
+            swapper.restore()
+
+    def _ensure_teacher(self, fidelity: Fidelity) -> None:
+        """The uncompressed model's outputs must exist before a compressed one is scored."""
+        ensure = getattr(self.workload, "ensure_teacher", None)
+        key = (fidelity.split, fidelity.sequences)
+        if ensure is not None and key not in self._teachers:
+            self._restore()
+            ensure(self.built, *key)
+            self._teachers.add(key)
+
+    # -- export -----------------------------------------------------------------------------------
+
+    def export(self, candidate: Mapping[str, Value], format: str, out: str) -> dict[str, Any]:
+        """Write a candidate to a folder. Raises ``ExportError`` with every reason when it can't be."""
+        wanted = Candidate.of(candidate)
+        self._search_space().check(wanted)
+        exporter = EXPORTERS.get(format)()
+        reasons = exporter.supports(self, wanted)
+        if reasons:
+            raise ExportError(f"format {format!r} can't hold this candidate: " + "; ".join(reasons))
+        target = Path(out)
+        if target.exists() and any(target.iterdir()):
+            raise ExportError(f"{out!r} is not empty; choose a new folder")
+        # Written beside the target and renamed, so that a crash never leaves half an export behind.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".autocomp-") as temporary:
+            folder = Path(temporary) / "export"
+            folder.mkdir()
+            self._restore()
+            exporter.export(self, wanted, folder)
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+        return {"folder": out, "format": format}
+
+
+def _exact_tables(site: Any, resources: Mapping[str, Mapping[Value, Resources]]) -> dict[str, AdditiveTable]:
+    """``memory_mb``: bytes of all weights; ``avg_bits``: mean code bits of the searched weights."""
+    memory = {d: {o: r.metrics["memory_mb"] for o, r in row.items()} for d, row in resources.items()}
+    bits = {d: {o: r.metrics.get("code_bits", 0.0) for o, r in row.items()} for d, row in resources.items()}
+    weights = sum(next(iter(row.values())).metrics.get("weights", 0.0) for row in resources.values())
+    searched = sum(
+        next(iter(row.values())).metrics.get("weights", 0.0) * site.itemsize for row in resources.values()
+    )
+    whole = site.other_bytes + sum(p.numel * site.itemsize for p in site.parts if not p.shared_with)
+    tables = {"memory_mb": AdditiveTable("memory_mb", (whole - searched) / 1e6, memory, exact=True)}
+    if weights:
+        per_weight = {d: {o: b / weights for o, b in row.items()} for d, row in bits.items()}
+        tables["avg_bits"] = AdditiveTable("avg_bits", 0.0, per_weight, exact=True)
+    return tables
+
+
+def _check_finite(metrics: Mapping[str, Estimate]) -> None:
+    for name, estimate in metrics.items():
+        if not math.isfinite(estimate.value):
+            raise FloatingPointError(f"{name} is {estimate.value}")
+
+
+def _spaces(job: Job) -> list[Space]:
+    found = []
+    for entry in job.space:
+        ((name, options),) = entry.items()
+        space = SPACES.get(name)
+        found.append(space(space.Config.model_validate(options)))
+    return found
+
+
+def _device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise CapabilityError(
+            "device: cuda was asked for, but torch sees no CUDA device (see `autocomp doctor`)"
+        )
+    return "cuda:0" if available and wanted != "cpu" else "cpu"
+
+
+def _lock_path(device: str) -> Path:
+    """One lock a machine and device: workers of different runs must not disturb each other's timings."""
+    name = f"autocomp-{os.getuid()}-{device.replace(':', '')}.lock"
+    return Path(tempfile.gettempdir()) / name
+
+
+def _ids_hash(ids: torch.Tensor) -> str:
+    from autocomp.quantize.bank import tensor_hash
+
+    return tensor_hash(ids)
+
+
+@contextmanager
+def open_worker(job: Job, threads: int = 0) -> Iterator[ModelWorker]:
+    """A worker in this process, for one-off measuring and export."""
+    yield ModelWorker(job.resolved(), threads or (os.cpu_count() or 1))

@@ -1,0 +1,284 @@
+"""Workload ``causal_lm``: a decoder-only language model from a Hugging Face folder or a GGUF file.
+
+Quality is divergence from the uncompressed model on held-out text; latency is that of the compressed model
+serving one batch. Module level is import-light: the driver reads ``Config`` and never loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from autocomp.errors import JobError
+from autocomp.trial import Estimate, Fidelity
+from autocomp.workloads.base import Built, Workload
+from autocomp.workloads.text import (
+    SPLITS,
+    drop_repeats,
+    read_documents,
+    sequence_prefix,
+    split_sequences,
+    tokenize,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autocomp.workloads.teacher import Teacher
+
+
+class DataConfig(BaseModel):
+    """Text and how much of it each split gets.
+
+    Attributes:
+        text: UTF-8 files; empty for built-in English prose (some 90 000 tokens).
+        sequence_length: tokens of a sequence.
+        calibration, proxy, selection, report: sequences of each split; the splits are disjoint.
+        teacher_mb: memory (10**6 bytes) for the uncompressed model's outputs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: list[str] = []
+    sequence_length: int = Field(default=256, ge=8)
+    calibration: int = Field(default=64, ge=1)
+    proxy: int = Field(default=16, ge=1)
+    selection: int = Field(default=48, ge=1)
+    report: int = Field(default=96, ge=1)
+    teacher_mb: float = Field(default=512.0, gt=0)
+
+
+class ScenarioConfig(BaseModel):
+    """The deployment that latency is measured for.
+
+    Attributes:
+        prompt_tokens: length of the prompt that ``prefill_ms`` processes.
+        context_tokens: tokens in the key/value cache when ``decode_ms`` is taken.
+        decode_tokens: decode steps a timed call makes; ``decode_ms`` is their mean.
+        batch: sequences served at once.
+        threads: CPU threads; 0 for all that the worker has.
+        repeats: timed calls; the median is reported.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_tokens: int = Field(default=256, ge=1)
+    context_tokens: int = Field(default=256, ge=1)
+    decode_tokens: int = Field(default=16, ge=1)
+    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=0, ge=0)
+    repeats: int = Field(default=5, ge=1)
+
+
+class CausalLMConfig(BaseModel):
+    """What a job says under ``workload`` for ``kind: causal_lm``.
+
+    Attributes:
+        model: folder with ``config.json``, folder with one ``.gguf`` file, or a ``.gguf`` file.
+        dtype: type the weights are held in; ``auto`` is the checkpoint's (bfloat16 for GGUF).
+        trust_remote_code: run the Python code that some folders bring along.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    data: DataConfig = DataConfig()
+    scenario: ScenarioConfig = ScenarioConfig()
+    trust_remote_code: bool = False
+
+
+class CausalLM(Workload):
+    """Decoder-only language models (Llama, Qwen, GPT-2, GPT-NeoX, OPT, Gemma, Granite, Mixtral, ...).
+
+    ``built.state`` holds ``pristine`` (True while the model is uncompressed; whoever changes the model sets
+    it False and, after restoring the originals, True again), ``tokenizer``, ``splits`` (split -> int64
+    ``[n, sequence_length]`` on the device), ``source`` and ``teachers`` (split -> ``Teacher``).
+    """
+
+    kind: ClassVar[str] = "causal_lm"
+    Config: ClassVar[type[BaseModel]] = CausalLMConfig
+    quality_metrics: ClassVar[Mapping[str, bool]] = {"kl": True, "ppl": True, "top1": False}
+    timing_metrics: ClassVar[Mapping[str, str]] = {
+        "prefill_ms": "ms for one batch of prompts",
+        "decode_ms": "ms for one token of every sequence in the batch",
+        "peak_mb": "10**6 bytes while serving: weights, caches, activations",
+    }
+    config: CausalLMConfig
+
+    def load(self, device: str) -> Built:
+        """Load model and tokenizer, cut the text into splits, find the model's parts.
+
+        Raises:
+            JobError: a path, a format, too little text, or a scenario longer than the model's context.
+        """
+        from autocomp.workloads import checkpoint, discovery
+
+        source = checkpoint.locate(self.config.model)
+        trust = self.config.trust_remote_code
+        tokenizer = checkpoint.load_tokenizer(source, trust_remote_code=trust)
+        splits = self._splits(tokenizer)
+        model = checkpoint.load_model(source, self.config.dtype, trust_remote_code=trust)
+        self._check_lengths(model.config.get_text_config())
+        _check_vocabulary(model, splits)
+        fingerprint = checkpoint.fingerprint(model)  # before the move: hashing reads host memory
+        model.to(device)
+        site = discovery.discover(model, fingerprint)
+        built = Built(model, site, device)
+        for part in site.parts:
+            if part.kind in ("linear", "embedding"):
+                built.originals[part.path] = model.get_submodule(part.path).weight.detach()
+        built.state |= {"tokenizer": tokenizer, "source": source}
+        built.state["splits"] = {name: tokens.to(device) for name, tokens in splits.items()}
+        self.prepare(built)
+        return built
+
+    def prepare(self, built: Built) -> None:
+        """Declare ``built`` uncompressed and forget outputs of an earlier model; ``load`` ends with it."""
+        built.state["pristine"] = True
+        built.state["teachers"] = {}
+
+    def inputs(self, built: Built, split: str, n: int = 0) -> Tensor:
+        """The first ``n`` sequences of ``split`` (0: all): int64 ``[n, sequence_length]`` on the device.
+
+        Raises:
+            JobError: no such split, or it has fewer sequences.
+        """
+        splits: Mapping[str, Tensor] = built.state["splits"]
+        if split not in splits:
+            raise JobError(f"unknown split {split!r}; known: {', '.join(splits)}")
+        tokens = splits[split]
+        if not 0 <= n <= len(tokens):
+            raise JobError(
+                f"{n} sequences asked of split {split!r}, which has {len(tokens)}: raise data.{split}"
+            )
+        return tokens[: n or len(tokens)]
+
+    def calibration_batches(self, built: Built, n: int = 0) -> list[Tensor]:
+        """The calibration sequences in batches ``[b, sequence_length]`` whose logits fit in memory."""
+        from autocomp.workloads.teacher import batches
+
+        return [b for _, b in batches(self.inputs(built, "calibration", n), _vocabulary(built))]
+
+    def ensure_teacher(self, built: Built, split: str, sequences: int = 0) -> None:
+        """Record the uncompressed model's outputs on the first ``sequences`` of ``split`` (0: all), unless
+        they are recorded already.
+
+        Raises:
+            RuntimeError: outputs are missing and the model is not in its original state.
+            JobError: the outputs don't fit ``data.teacher_mb``, or the uncompressed model gives NaN.
+        """
+        tokens = self.inputs(built, split, sequences)
+        teacher: Teacher | None = built.state["teachers"].get(split)
+        if teacher is not None and len(teacher) >= len(tokens):
+            return
+        if not built.state["pristine"]:
+            raise RuntimeError(
+                f"the uncompressed model's outputs on {split!r} are not recorded and the model is "
+                "compressed: restore the originals, then call ensure_teacher"
+            )
+        self._record(built, split, tokens)
+
+    def _record(self, built: Built, split: str, tokens: Tensor) -> None:
+        import torch
+
+        from autocomp.workloads.teacher import batches, forward_with_hidden
+
+        done = len(built.state["teachers"].get(split, ()))
+        with torch.inference_mode():
+            for _, batch in batches(tokens[done:], _vocabulary(built)):
+                logits, hidden = forward_with_hidden(built.model, batch)
+                # The maximum is NaN or infinite when any logit is NaN or +inf; -inf rules a token out.
+                if not torch.isfinite(logits.amax(-1)).all():
+                    raise JobError(
+                        f"the uncompressed model gives NaN or infinity on {split!r} in {logits.dtype}; set "
+                        "workload.dtype: float32 (or bfloat16 instead of float16)"
+                    )
+                if split not in built.state["teachers"]:
+                    built.state["teachers"][split] = self._new_teacher(built, logits, hidden)
+                built.state["teachers"][split].add(logits, hidden)
+
+    def _new_teacher(self, built: Built, logits: Tensor, hidden: Tensor | None) -> Teacher:
+        """A teacher in the fastest mode that fits, sized for all splits so that none starves another."""
+        from autocomp.workloads.teacher import Teacher, choose_mode, match_head
+
+        head = None if hidden is None else match_head(built.model, hidden, logits)
+        width = 0 if hidden is None else hidden.shape[-1]
+        scored = sum(t.numel() for name, t in built.state["splits"].items() if name != "calibration")
+        limit = int(self.config.data.teacher_mb * 1e6)
+        return Teacher(choose_mode(scored, width, logits.shape[-1], limit, head), head)
+
+    def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
+        """``kl``, ``ppl`` and ``top1`` of the model as it is; see ``teacher.compare``.
+
+        Raises:
+            RuntimeError: see ``ensure_teacher``.
+            FloatingPointError: the model gives NaN or infinity.
+        """
+        from autocomp.workloads.teacher import compare
+
+        self.ensure_teacher(built, fidelity.split, fidelity.sequences)
+        tokens = self.inputs(built, fidelity.split, fidelity.sequences)
+        teacher = built.state["teachers"][fidelity.split]
+        return compare(built.model, tokens, teacher, _vocabulary(built)), tokens.numel()
+
+    def time(self, built: Built) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """``prefill_ms``, ``decode_ms`` and ``peak_mb`` of the serving model; see ``serving.measure``."""
+        from autocomp.workloads.serving import Server, measure
+
+        s = self.config.scenario
+        longest = max(s.prompt_tokens, s.context_tokens) + s.decode_tokens
+        text = self.inputs(built, "calibration").flatten()
+        tokens = text.repeat(-(-s.batch * longest // len(text)))[: s.batch * longest].view(s.batch, longest)
+        server = Server(
+            built.model, tokens, prompt=s.prompt_tokens, context=s.context_tokens, steps=s.decode_tokens
+        )
+        return measure(server, repeats=s.repeats, threads=s.threads, device=built.device)
+
+    def save(self, built: Built, folder: Path) -> None:
+        """Write configuration, generation configuration and tokenizer files to ``folder``; no weights."""
+        from autocomp.workloads.checkpoint import save_assets
+
+        save_assets(built.model, built.state["tokenizer"], built.state["source"], folder)
+
+    def _splits(self, tokenizer: Any) -> dict[str, Tensor]:
+        import torch
+
+        from autocomp.workloads.checkpoint import quiet
+
+        data = self.config.data
+        texts = drop_repeats(read_documents(data.text))
+        with quiet():  # "longer than the model's maximum": the stream is cut afterwards
+            documents, prefix = tokenize(tokenizer, texts), sequence_prefix(tokenizer)
+        counts = {name: getattr(data, name) for name in SPLITS}
+        rows = split_sequences(documents, counts, data.sequence_length, self.seed, prefix)
+        return {name: torch.from_numpy(array) for name, array in rows.items()}
+
+    def _check_lengths(self, config: Any) -> None:
+        limit = getattr(config, "max_position_embeddings", None)
+        s = self.config.scenario
+        wanted = {
+            "data.sequence_length": self.config.data.sequence_length,
+            "scenario.prompt_tokens": s.prompt_tokens,
+            "scenario.context_tokens + decode_tokens": s.context_tokens + s.decode_tokens,
+        }
+        for name, length in wanted.items():
+            if limit is not None and length > limit:
+                raise JobError(f"{name} is {length}, but the model's context is {limit} tokens: lower it")
+
+
+def _vocabulary(built: Built) -> int:
+    return int(built.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+
+
+def _check_vocabulary(model: Any, splits: Mapping[str, Tensor]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(tokens.max()) for tokens in splits.values())
+    if largest >= rows:
+        raise JobError(
+            f"the tokenizer gives token {largest}, but the model's embedding has {rows} rows: "
+            "tokenizer and weights do not belong together"
+        )

@@ -1,0 +1,77 @@
+"""The main job from end to end: search, front, export, reload, generate.
+
+    python experiments/smollm2_bitwidths/demo.py --model models/SmolLM2-135M-Instruct
+
+Prints the validated front, exports the point that ``--select`` names, loads the export in a new process
+and lets it write a few sentences; then compares its decode latency and bytes with the uncompressed model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import autocomp
+from autocomp.progress import progress
+from autocomp.report import front_text
+
+HERE = Path(__file__).parent
+GENERATE = """
+import sys, autocomp
+from transformers import AutoTokenizer
+model = autocomp.load(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+chat = [{"role": "user", "content": sys.argv[2]}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+out = model.generate(**ids, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--select", default="memory_mb <= 121, min kl")
+    parser.add_argument("--prompt", default="Why is the sky blue? Answer in two sentences.")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the export")
+    parser.add_argument("-o", "--override", action="append", default=[], help="dotted.key=value")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    with progress() as on_event:
+        result = autocomp.search(
+            HERE / "job.yaml", overrides=[f"workload.model={args.model}", *args.override], on_event=on_event
+        )
+    if result.status != "finished":
+        raise SystemExit(f"stopped; continue with: autocomp resume {result.run_dir}")
+    print(front_text(result.front))
+    picked = result.front.select(args.select)
+    out = args.out or result.run_dir / "export"
+    autocomp.export(result.run_dir, args.select, out=out)
+    base = next(p.trial for p in result.front.points if _is_uncompressed(p.trial))
+    print(f"\nPicked trial {picked.number} by {args.select!r}, exported to {out}:")
+    for metric, unit in (
+        ("decode_ms", "ms/token"),
+        ("prefill_ms", "ms"),
+        ("memory_mb", "MB"),
+        ("kl", "nats/token"),
+    ):
+        mine, full = picked.value(metric), base.value(metric)
+        ratio = f"  ({mine / full:.2f}x)" if full else ""
+        print(f"  {metric:10s} {mine:9.3f} against {full:9.3f} {unit} uncompressed{ratio}")
+    print(f"\nReloaded in a new process, asked {args.prompt!r}:")
+    subprocess.run([sys.executable, "-c", GENERATE, str(out), args.prompt], check=True)
+    print(f"\nRun directory {result.run_dir}; whole demo {time.perf_counter() - started:.0f} s.")
+    print("Look at the front: open front.html there, or `mlflow ui --backend-store-uri sqlite:///mlflow.db`.")
+
+
+def _is_uncompressed(trial: autocomp.study.Trial) -> bool:  # type: ignore[name-defined]
+    return set(trial.candidate.values.values()) == {"w16"}
+
+
+if __name__ == "__main__":
+    main()

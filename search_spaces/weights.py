@@ -1,0 +1,176 @@
+"""Swapping weights in and out of a loaded model: from the layer bank, and always back to the originals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from autocomp.errors import SpaceError
+from autocomp.kernels.modules import PackedEmbedding, PackedLinear
+from autocomp.quantize.bank import LayerBank, default_folder, tensor_hash
+from autocomp.quantize.rounding import quantize
+from autocomp.quantize.scheme import Scheme
+from autocomp.quantize.tensor import QuantizedTensor
+from autocomp.workloads.base import Built
+
+logger = logging.getLogger("autocomp")
+DENSE = "w16"
+
+
+@dataclass
+class WeightSwapper:
+    """Keeps a built model's original modules and weights, and brings the model to any mix of labels.
+
+    In the scoring state a module holds the dequantized weight in the model's dtype; in the serving state
+    it is replaced by a packed module that runs the kernels. ``Conv1D`` weights are ``[in, out]``; all
+    tensors here are ``[out, in]`` (``transposed`` remembers which).
+    """
+
+    built: Built
+    bank: LayerBank
+    hessian: Callable[[str], torch.Tensor] | None = None
+    calibration: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    serving: bool = False
+    _modules: dict[str, nn.Module] = field(default_factory=dict)
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, built: Built) -> WeightSwapper:
+        """The swapper of a built model, made on first use."""
+        found = built.state.get("swapper")
+        if found is None:
+            bank = built.state.get("bank") or LayerBank(folder=default_folder())
+            found = cls(built, bank, built.state.get("hessian"), built.state.get("calibration", ""))
+            built.state["swapper"] = found
+        assert isinstance(found, cls)
+        return found
+
+    def apply(self, labels: Mapping[str, str], *, method: str, serving: bool) -> None:
+        """Bring every named path to its label; paths that are not named go back to the original."""
+        wanted = {path: label for path, label in labels.items() if label != DENSE}
+        # Quantize first: error-compensated rounding needs the original model for its calibration pass.
+        tensors = {p: self.quantized(p, label, method) for p, label in wanted.items() if self._owner(p) == p}
+        if serving:
+            self.restore()
+            self._serve(wanted, tensors)
+        else:
+            self._score(wanted, tensors)
+        self.labels, self.serving = dict(wanted), serving
+        self.built.state["pristine"] = not wanted and not serving
+
+    def restore(self) -> None:
+        """Put every original module and weight back."""
+        for path in {*self.labels}:
+            module = self._module(path)
+            if self.serving:
+                _put(self.built.model, path, module)
+            if self._owner(path) == path:
+                self._set_dense(path, self._original(path))
+        self.labels, self.serving = {}, False
+        self.built.state["pristine"] = True
+
+    def quantized(self, path: str, label: str, method: str) -> QuantizedTensor:
+        """The bank's entry for a path under a label; ``method`` is ``rtn``, ``mse`` or ``gptq``."""
+        scheme = Scheme.parse(label)
+        weight = self._original(path)
+        gptq = method == "gptq" and self.built.site.part(path).kind == "linear"
+        method = method if gptq or method != "gptq" else "mse"  # an embedding has no calibration inputs
+        dtype = _scale_dtype(weight.dtype)
+        key = LayerBank.key(self._hash(path), scheme, method, dtype, self.calibration if gptq else "")
+
+        def build() -> QuantizedTensor:
+            hessian = None
+            if gptq:
+                if self.hessian is None:
+                    raise SpaceError(
+                        "method 'gptq' needs calibration data, which this workload does not give"
+                    )
+                self.restore()
+                hessian = self.hessian(path)
+            return quantize(weight.float(), scheme, method=method, hessian=hessian, scale_dtype=dtype)
+
+        return self.bank.get(key, scheme, build, keep_on_disk=method != "rtn")
+
+    def delta(self, path: str, label: str, method: str) -> torch.Tensor:
+        """Quantized minus original weight, float32 ``[out, in]``."""
+        return self.quantized(path, label, method).dequantize(torch.float32) - self._original(path).float()
+
+    def _score(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
+        if self.serving:
+            self.restore()
+        for path in {*self.labels, *wanted}:
+            if self._owner(path) != path or self.labels.get(path) == wanted.get(path):
+                continue
+            original = self._original(path)
+            dense = tensors[path].dequantize(original.dtype) if path in tensors else original
+            self._set_dense(path, dense.to(original.device))
+
+    def _serve(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
+        embeddings: dict[str, PackedEmbedding] = {}
+        for path in sorted(wanted, key=lambda p: self._owner(p) != p):  # owners before borrowers
+            module, owner = self._module(path), self._owner(path)
+            bias = getattr(module, "bias", None)
+            packed: nn.Module
+            if self.built.site.part(path).kind == "embedding":
+                packed = embeddings[path] = PackedEmbedding(
+                    tensors[path],
+                    device=self.built.device,
+                    dtype=self._dtype(),
+                    scale=embedding_scale(module),
+                )
+            elif owner != path:
+                packed = PackedLinear.sharing(embeddings[owner], bias=bias)
+            else:
+                packed = PackedLinear(tensors[path], bias=bias, device=self.built.device, dtype=self._dtype())
+            _put(self.built.model, path, packed)
+
+    def _module(self, path: str) -> nn.Module:
+        if path not in self._modules:
+            self._modules[path] = self.built.model.get_submodule(path)
+        return self._modules[path]
+
+    def _owner(self, path: str) -> str:
+        return self.built.site.part(path).shared_with or path
+
+    def _dtype(self) -> torch.dtype:
+        dtype = self.built.model.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def _transposed(self, path: str) -> bool:
+        return type(self._module(path)).__name__ == "Conv1D"
+
+    def _original(self, path: str) -> torch.Tensor:
+        """The uncompressed weight ``[out, in]``."""
+        weight = self.built.originals[path]
+        return weight.T if self._transposed(path) else weight
+
+    def _set_dense(self, path: str, weight: torch.Tensor) -> None:
+        parameter = self._module(path).weight
+        assert isinstance(parameter, nn.Parameter)
+        parameter.data = weight.T if self._transposed(path) else weight
+
+    def _hash(self, path: str) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = tensor_hash(self._original(path))
+        return self._hashes[path]
+
+
+def embedding_scale(module: nn.Module) -> float:
+    """The factor that some embeddings (Gemma's) put on every row."""
+    return float(getattr(module, "embed_scale", 1.0))
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scales are 16-bit: the model's own 16-bit type, bfloat16 for a float32 model."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
