@@ -187,8 +187,8 @@ def _draw_strip(ax: Axes, chart: ChoiceMap, candidate: Candidate, paint: _Paint)
         color = paint.color(decision, candidate[decision.name])
         ax.add_patch(Rectangle((x + 0.03, y + 0.42), 0.94, 0.5, facecolor=color, edgecolor="#666"))
         ax.text(x + 0.03, y + 0.36, names[i], fontsize=7, va="bottom", ha="left")
-        ax.text(x + 0.5, y + 0.67, _value_text(candidate[decision.name]), fontsize=8, ha="center", va="center",
-                color=_ink(color))  # fmt: skip
+        value = _value_text(candidate[decision.name])
+        ax.text(x + 0.5, y + 0.67, value, fontsize=8, ha="center", va="center", color=_ink(color))
     ax.set_xlim(0, per_line)
     ax.set_ylim(lines, 0)
 

@@ -32,7 +32,7 @@ INTERRUPTED = 130
 class _Group(TyperGroup):
     """Turns our errors into one message and exit code 2, and Ctrl-C into 130."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except AutocompError as error:
@@ -104,7 +104,7 @@ def search(
 
 @app.command()
 def resume(run_dir: RunDir, override: Overrides = None, quiet: Quiet = False) -> None:
-    """Continue a run that was stopped; nothing is measured twice. Only budget, executor and tracking may change."""
+    """Continue a run; nothing is measured twice. -o may change budget, executor and tracking."""
     from autocomp import api
 
     _run(

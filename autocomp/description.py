@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autocomp.profile import ProfileRequest
 from autocomp.search_spaces.base import ModelSite, Resources
 from autocomp.space import (
     AdditiveTable,
@@ -47,9 +46,6 @@ class Description:
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     export_limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def requests(self, kind: str, shards: int) -> list[ProfileRequest]:
-        return [ProfileRequest(kind, i, shards) for i in range(shards)]
 
     def to_json(self) -> dict[str, Any]:
         resources = {

@@ -10,17 +10,22 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
 from autocomp import __version__
+from autocomp.errors import JobError
 
 Status = Literal["ok", "note", "missing", "broken"]
 
 OPTIONS = (
-    "w16", "w8", "w8g128", "w6g64", "w5g64", "w4g32", "w4g64", "w4g128", "w4g64a", "w4g64o0.5", "w3g64", "w2g64",
+    "w16", "w8", "w8g128", "w6g64", "w5g64", "w4g32", "w4g64", "w4g128", "w4g64a", "w4g64o0.5", "w3g64",
+    "w2g64",
 )  # fmt: skip
 """Weight formats that are asked about, largest first."""
 SHAPE = (2048, 2048)
@@ -44,12 +49,14 @@ class Finding:
         status: ``ok``; ``note`` (works, but see the remedy); ``missing`` (optional); ``broken`` (needed).
         value: version, model, backend, or why not.
         remedy: what to do about it; empty when there is nothing to do.
+        detail: the long story, in the JSON form only.
     """
 
     name: str
     status: Status
     value: str
     remedy: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,12 @@ def examine(device: str = "", speed: bool = False) -> list[Section]:
     Args:
         device: ``cpu`` or ``cuda``; by default the CPU, and CUDA where torch sees a GPU.
         speed: also time each option (a minute on a CPU).
+
+    Raises:
+        JobError: ``device`` is neither.
     """
+    if device not in ("", "cpu", "cuda"):
+        raise JobError(f"--device {device!r} is not known; use cpu or cuda")
     devices = [device] if device else ["cpu", *(["cuda"] if _has_cuda() else [])]
     sections = [
         Section("machine", tuple(_guard("machine", _machine))),
@@ -74,12 +86,11 @@ def examine(device: str = "", speed: bool = False) -> list[Section]:
         Section("packages", tuple(_guard("packages", _packages))),
     ]
     for name in devices:
-        found = tuple(_guard("kernels", lambda name=name: _kernels(name)))  # type: ignore[misc]
+        found = tuple(_guard("kernels", partial(_kernels, name)))
         sections.append(Section(f"weight formats on {name} at decode, {SHAPE[0]}x{SHAPE[1]}", found))
-        if speed:
-            for shape in SPEED_SHAPES:
-                times = tuple(_guard("speed", lambda n=name, s=shape: _speed(n, s)))  # type: ignore[misc]
-                sections.append(Section(f"time of one {shape[0]}x{shape[1]} linear on {name}, 1 token", times))
+        for shape in SPEED_SHAPES if speed else ():
+            times = tuple(_guard("speed", partial(_speed, name, shape)))
+            sections.append(Section(f"time of one {shape[0]}x{shape[1]} linear on {name}, 1 token", times))
     return sections
 
 
@@ -102,7 +113,9 @@ def text(sections: Sequence[Section]) -> str:
         for f in section.findings:
             lines.append(f"  {marks[f.status]}  {f.name:<{width}}  {f.value}".rstrip())
             if f.remedy:
-                lines.append(f"        {'':<{width}}  -> {f.remedy}")
+                indent = " " * (width + 10)
+                told = textwrap.wrap(f.remedy, 107 - len(indent))
+                lines += [f"{indent}{'   ' if i else '-> '}{line}" for i, line in enumerate(told)]
     return "\n".join(lines)
 
 
@@ -111,10 +124,12 @@ def _guard(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding
     try:
         yield from look()
     except ImportError as error:
-        yield Finding(name, "broken", f"can't import {error.name or error}", "reinstall: pip install -U autocomp")
+        missing = error.name or str(error)
+        yield Finding(name, "broken", f"can't import {missing}", "reinstall: pip install -U autocomp")
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:200]
-        yield Finding(name, "broken", f"{type(error).__name__}: {first}", "see the message; set AUTOCOMP_DEBUG=1")
+        remedy = "`autocomp doctor --json` has the whole story"
+        yield Finding(name, "broken", f"{type(error).__name__}: {first}", remedy, traceback.format_exc())
 
 
 def _has_cuda() -> bool:
@@ -129,7 +144,8 @@ def _has_cuda() -> bool:
 def _machine() -> Iterator[Finding]:
     import psutil
 
-    yield Finding("system", "ok", f"{platform.system()} {platform.release()}, Python {platform.python_version()}")
+    python = platform.python_version()
+    yield Finding("system", "ok", f"{platform.system()} {platform.release()}, Python {python}")
     memory = psutil.virtual_memory()
     available, total = memory.available / 1e9, memory.total / 1e9
     yield Finding("memory", "ok", f"{total:.1f} GB, {available:.1f} GB available")
@@ -141,7 +157,8 @@ def _machine() -> Iterator[Finding]:
     yield Finding("CPU", "ok", device.device_name("cpu"))
     warning = device.spin_wait_warning()
     if warning:
-        yield Finding("threads", "note", warning, "workers of a search get it set; set it for your own timings")
+        remedy = "the workers of a search get it; set it for timings of your own"
+        yield Finding("threads", "note", warning, remedy)
     yield from _gpus()
 
 
@@ -159,10 +176,12 @@ def _gpus() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        reason = f"torch is built for CUDA {built} but sees no GPU" if built else "torch is built without CUDA"
-        remedy = "check nvidia-smi" if built else "only for a machine with an NVIDIA GPU: install torch for CUDA"
-        yield Finding("GPU", "missing", reason, remedy)
+        if torch.version.cuda:
+            reason = f"torch is built for CUDA {torch.version.cuda} but sees no GPU"
+            yield Finding("GPU", "missing", reason, "if there is one, check nvidia-smi")
+        else:
+            remedy = "only where there is an NVIDIA GPU: install torch for CUDA"
+            yield Finding("GPU", "missing", "torch is built without CUDA", remedy)
         return
     from autocomp.measure import device
 
@@ -191,10 +210,10 @@ def _packages() -> Iterator[Finding]:
 
     for line in metadata.requires("autocomp") or ():
         requirement = Requirement(line)
-        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        extra = next((e for e in ("export",) if not needed and requirement.marker.evaluate({"extra": e})), "")
-        if (needed or extra) and requirement.name != "autocomp":
-            yield _package(requirement.name, str(requirement.specifier), extra)
+        marker = requirement.marker
+        extras = [e for e in ("", "export") if marker is None or marker.evaluate({"extra": e})]
+        if extras and requirement.name != "autocomp":
+            yield _package(requirement.name, str(requirement.specifier), extras[0])
     for name, purpose, remedy in _TOOLS:
         yield _tool(name, purpose, remedy)
 
@@ -229,7 +248,8 @@ def _kernels(device: str) -> Iterator[Finding]:
         if found.native:
             yield Finding(label, "ok", found.backend)
         else:
-            yield Finding(label, "missing", "simulated only, no latency", found.reason)
+            brief = found.reason.split(" (", 1)[0]  # what each backend said stands behind it
+            yield Finding(label, "missing", "simulated only, no latency", brief, found.reason)
 
 
 def _speed(device: str, shape: tuple[int, int]) -> Iterator[Finding]:

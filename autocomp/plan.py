@@ -131,7 +131,10 @@ def make_problem(
                 _within(profiles["sensitivity"], plan.space), metric, smaller_is_better
             )
     baselines = tuple(b for b in plan.baselines if not plan.space.violations(b))
-    return Problem(plan.space, tuple(objectives), tuple(constraints), tables, baselines, seed)
+    can_profile = "neighbourhood" in description.profiles and "kl" in plan.quality
+    return Problem(
+        plan.space, tuple(objectives), tuple(constraints), tables, baselines, seed, (), can_profile
+    )
 
 
 def _within(table: AdditiveTable, space: SearchSpace) -> AdditiveTable:

@@ -145,11 +145,16 @@ def _traces(front: ParetoFront, x: Axis, y: Axis, selected: Trial | None, legend
     if selected is not None:
         traces.append(
             Scatter(
-                x=[x.value(selected)], y=[y.value(selected)], mode="markers", name=f"selected: #{selected.number}",
+                x=[x.value(selected)],
+                y=[y.value(selected)],
+                mode="markers",
+                name=f"selected: #{selected.number}",
                 marker={"symbol": "circle-open", "size": 22, "color": "#d93025", "line": {"width": 3}},
-                hoverinfo="skip", showlegend=legend, legendgroup="selected",
+                hoverinfo="skip",
+                showlegend=legend,
+                legendgroup="selected",
             )
-        )  # fmt: skip
+        )
     return traces
 
 
@@ -242,8 +247,9 @@ def _draw(ax: Axes, front: ParetoFront, x: Axis, y: Axis, selected: Trial | None
             zorder=depth,
         )
     if selected is not None:
-        style = {"marker": "o", "s": 220, "facecolor": "none", "edgecolor": "#d93025", "linewidth": 2}
-        ax.scatter(x.value(selected), y.value(selected), label="selected", zorder=9, **style)
+        style: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 2}
+        at = ([x.value(selected)], [y.value(selected)])
+        ax.plot(*at, "o", markeredgecolor="#d93025", label="selected", zorder=9, **style)
 
 
 def _bars(trials: Sequence[Trial], axis: Axis) -> list[float] | None:

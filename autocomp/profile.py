@@ -15,15 +15,18 @@ Moments = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """One profile job: which profile, and which part of it this job does (``shard`` of ``shards``)."""
+    """One profile job: which profile, which part of it (``shard`` of ``shards``), and around which candidate
+    (``at``: its fingerprint; empty for the uncompressed model)."""
 
     kind: str
     shard: int = 0
     shards: int = 1
+    at: str = ""
 
     @property
     def id(self) -> str:
-        return f"profile/{self.kind}/{self.shard}-of-{self.shards}"
+        where = f"@{self.at}" if self.at else ""
+        return f"profile/{self.kind}{where}/{self.shard}-of-{self.shards}"
 
 
 @dataclass(frozen=True)

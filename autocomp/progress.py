@@ -119,15 +119,14 @@ class LiveDisplay:
         if event.kind != "trial" or failed:
             style = "red" if failed else "bold" if event.kind == "phase" else ""
             self._progress.console.print(event.text, style=style, markup=False, highlight=False)
-        phase = {"description": event.text[:44]} if event.kind == "phase" else {}
         self._progress.update(
             self._task,
+            description=event.text[:44] if event.kind == "phase" else None,
             completed=event.done,
             total=event.total or None,
             best=best_text(event.best),
             busy=event.busy,
             left="" if event.eta_s is None else f"{duration_text(event.eta_s)} left",
-            **phase,
         )
 
     def __enter__(self) -> Self:

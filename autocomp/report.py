@@ -7,17 +7,26 @@ search gained over the obvious choice.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autocomp.pareto import FrontPoint, ParetoFront
 from autocomp.space import Candidate, Value
+from autocomp.spread import spread
 from autocomp.trial import Trial
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from autocomp.study import StudyResult
+
+logger = logging.getLogger("autocomp.report")
 
 MARK = "*"
 _NOTE = f"{MARK} uniform baseline; ± one standard error"
@@ -184,6 +193,54 @@ def rich_table(
         style = "bold green" if i == data.selected else "dim" if row[-1].startswith("dominated") else ""
         table.add_row(*map(Text, row), style=style)
     return table
+
+
+def write_artifacts(result: StudyResult, maps: int = 4) -> list[Path]:
+    """Draw a study's pictures and tables into its run directory.
+
+    ``front.html``, ``front.png``, ``front.md``, ``hypervolume.png``, ``audit_METRIC.png`` for each audit and
+    ``choices_NUMBER.png`` for up to ``maps`` points of the front. What can't be drawn is logged and left out.
+
+    Returns:
+        What is there now, the study's own ``front.json`` and ``job.yaml`` included.
+    """
+    jobs = _drawings(result, maps)
+    written = [p for p in (result.run_dir / "front.json", result.run_dir / "job.yaml") if p.is_file()]
+    for name, draw in jobs.items():
+        try:
+            draw(result.run_dir / name)
+            written.append(result.run_dir / name)
+        except Exception as error:  # a picture must not cost a result
+            logger.warning("could not draw %s: %s", name, error)
+    return written
+
+
+def _drawings(result: StudyResult, maps: int) -> dict[str, Callable[[Path], object]]:
+    """File name -> what writes it."""
+    from autocomp import plots
+
+    front = result.front
+    jobs: dict[str, Callable[[Path], object]] = {
+        "front.md": lambda path: path.write_text(markdown(front) + "\n"),
+        "front.html": partial(plots.front_html, front),
+        "front.png": partial(plots.front_png, front),
+        "hypervolume.png": partial(plots.hypervolume_png, list(result.hypervolume)),
+    }
+    for metric, found in result.audit.items():
+        draw = partial(plots.audit_png, metric, found["predicted"], found["measured"])
+        jobs[f"audit_{re.sub('[^A-Za-z0-9_.-]', '_', metric)}.png"] = draw
+    found_by_search = [p.trial for p in front.front if not is_baseline(p.trial)]
+    for trial in spread(found_by_search, front.objectives, maps):
+        jobs[f"choices_{trial.number}.png"] = partial(_draw_map, result.run_dir, trial)
+    return jobs
+
+
+def _draw_map(run_dir: Path, trial: Trial, path: Path) -> Path:
+    from autocomp.choice_map import choice_map_png
+    from autocomp.run_files import read_space
+
+    title = f"#{trial.number}: {describe(trial.candidate)}"
+    return choice_map_png(read_space(run_dir), trial.candidate, path, title)
 
 
 def empty_note(front: ParetoFront) -> str:

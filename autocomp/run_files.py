@@ -21,7 +21,7 @@ def read_space(run_dir: str | Path) -> SearchSpace:
         return Description.from_json(json.loads(path.read_text())).space
     except FileNotFoundError:
         raise RunError(
-            f"{str(path)!r} is missing: it is written once the model is loaded; start the run, or check the path"
+            f"{str(path)!r} is missing: a run writes it when its model is loaded; check the path"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"can't read {str(path)!r}: {error!r}; `autocomp resume` writes it again") from None

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from autocomp.pareto import ParetoFront, hypervolume, is_feasible, loss_row, non
 from autocomp.plan import Plan, make_plan, make_problem
 from autocomp.predictors.audit import audit
 from autocomp.predictors.latency import latency_table, operation_keys, rebase
-from autocomp.profile import ProfileResult
-from autocomp.searchers.base import Problem, Searcher, unsupported
+from autocomp.profile import ProfileRequest, ProfileResult
+from autocomp.searchers.base import LocalModel, Problem, ProfilingSearcher, Searcher, unsupported
 from autocomp.space import AdditiveTable, Candidate
 from autocomp.spread import spread
 from autocomp.tracking.base import Tracker
@@ -216,9 +216,10 @@ class Study:
                 "operations", keys=operation_keys(self.description), metrics=self._tokens(latency)
             )
             profiles |= {m: self._latency(times, m) for m in latency}
-        return make_problem(
+        problem = make_problem(
             self.plan, self.description, self.objectives, self.constraints, profiles, self.job.searcher.seed
         )
+        return replace(problem, local=self._local_models(problem))
 
     def _tokens(self, metrics: Sequence[str]) -> dict[str, int]:
         """Rows of a kernel's input for each latency metric: one token a sequence, or the whole prompt."""
@@ -233,16 +234,40 @@ class Study:
         known = first is not None and first.value(metric) == first.value(metric)
         return rebase(table, self.description, first.value(metric)) if first is not None and known else table
 
-    def _profile(self, kind: str, **extra: Any) -> ProfileResult:
+    def _profile(self, kind: str, at: Candidate | None = None, **extra: Any) -> ProfileResult:
+        """The merged result of a profile's shards, from the journal when it is there."""
+        where = "" if at is None else at.fingerprint
         for record in self.journal.of("profile"):
-            if record["result"]["kind"] == kind:
+            if (record["result"]["kind"], record["at"]) == (kind, where):
                 return ProfileResult.from_json(record["result"])
         shards = 1 if kind == "operations" else self.executor.slots
-        requests = self.description.requests(kind, shards)
+        requests = [ProfileRequest(kind, i, shards, where) for i in range(shards)]
+        if at is not None:
+            extra["candidate"] = at.to_json()
         items = [WorkItem(r.id, "profile", {"request": {**asdict(r), **extra}}) for r in requests]
         result = ProfileResult.merge(ProfileResult.from_json(data) for data in self._call(items))
-        self.journal.append("profile", result=result.to_json())
+        self.journal.append("profile", result=result.to_json(), at=where, candidate=extra.get("candidate"))
         return result
+
+    def _local_models(self, problem: Problem) -> tuple[LocalModel, ...]:
+        """Neighbourhood profiles of earlier sessions, oldest first."""
+        return tuple(
+            _local_model(Candidate.of(r["candidate"]), ProfileResult.from_json(r["result"]), problem)
+            for r in self.journal.of("profile")
+            if r["at"]
+        )
+
+    def _profile_around(self, searcher: Searcher, problem: Problem) -> tuple[Searcher, Problem]:
+        """Grant a searcher's wish for a local profile; it is then built anew with the result."""
+        if not (problem.can_profile and isinstance(searcher, ProfilingSearcher)):
+            return searcher, problem
+        wish = searcher.wants_profile(self.history.at(PROXY))
+        if wish is None:
+            return searcher, problem
+        self._say("message", f"profiling around candidate {wish.fingerprint}")
+        local = _local_model(wish, self._profile("neighbourhood", wish), problem)
+        problem = replace(problem, local=(*problem.local, local))
+        return self._searcher(problem), problem
 
     def _searcher(self, problem: Problem) -> Searcher:
         searcher = self._make_searcher
@@ -279,6 +304,8 @@ class Study:
             busy = self.executor.busy()
             if (spent or exhausted) and not busy:
                 return
+            if not spent and not exhausted and not busy:
+                searcher, problem = self._profile_around(searcher, problem)
             if not spent and not exhausted and busy < self.executor.slots:
                 room = budget.trials - len(self.history.at(PROXY)) - busy
                 wanted = min(room, 2 * self.executor.slots - busy)
@@ -422,6 +449,15 @@ class Study:
         if status == "finished" and not self.journal.of("finished"):
             self.journal.append("finished", time=time.time())
         return result
+
+
+def _local_model(candidate: Candidate, result: ProfileResult, problem: Problem) -> LocalModel:
+    table = result.table("kl")
+    names = {d.name for d in problem.space}
+    costs = {n: row for n, row in table.costs.items() if n in names}
+    errors = {n: row for n, row in table.stderr.items() if n in names}
+    base = table.costs.get("base", {}).get("kl", 0.0)
+    return LocalModel(candidate, AdditiveTable("kl", base, costs, errors))
 
 
 class History:

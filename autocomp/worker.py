@@ -5,6 +5,7 @@ Every method takes and returns JSON-able data, so that any executor can carry it
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -30,6 +31,7 @@ from autocomp.search_spaces.base import Part, Resources, Space
 from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, Value
 from autocomp.trial import Estimate, Fidelity, Measurement
 from autocomp.workloads.base import Built, Workload
+from autocomp.workloads.serving import cpu_threads
 
 
 class ModelWorker:
@@ -53,6 +55,8 @@ class ModelWorker:
             self.built: Built = self.workload.load(self.device)
         self.spaces = _spaces(self.job)
         self._prepare()
+        gc.collect()
+        gc.freeze()  # the model never dies: collections between timings need not walk through it
 
     def _prepare(self) -> None:
         site, state = self.built.site, self.built.state
@@ -91,10 +95,14 @@ class ModelWorker:
             resources=resources,
             metrics=metrics,
             timing=tuple(self.workload.timing_metrics),
-            profiles=tuple(f"sensitivity:{m}" for m in sensitivity.METHODS),
+            profiles=(*(f"sensitivity:{m}" for m in sensitivity.METHODS), *self._local_profiles()),
             device=devices.device_name(self.device, self._timing_threads()),
             versions=devices.software_versions(),
         ).to_json()
+
+    def _local_profiles(self) -> tuple[str, ...]:
+        able = hasattr(self.workload, "divergence") and all(hasattr(s, "move") for s in self.spaces)
+        return ("neighbourhood",) if able else ()
 
     def _search_space(self) -> SearchSpace:
         decisions = [d for s in self.spaces for d in self.decisions[s.name]]
@@ -104,16 +112,14 @@ class ModelWorker:
     def _baselines(self, space: SearchSpace) -> Iterator[Candidate]:
         """The uncompressed model where it is in the space, then every uniform assignment."""
         neutral = self._neutral()
-        if neutral is not None:
-            yield neutral
+        yield neutral
         for s in self.spaces:
             for part in s.baselines(self.decisions[s.name]):
-                rest = {} if neutral is None else dict(neutral.values)
-                candidate = Candidate.of({**rest, **part.values})
+                candidate = neutral.replace(part.values)
                 if candidate != neutral and not space.violations(candidate):
                     yield candidate
 
-    def _neutral(self) -> Candidate | None:
+    def _neutral(self) -> Candidate:
         """Every decision at its neutral option, or at its largest where the neutral one is not offered."""
         values: dict[str, Value] = {}
         for s in self.spaces:
@@ -129,8 +135,15 @@ class ModelWorker:
     # -- profile ----------------------------------------------------------------------------------
 
     def profile(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Run one shard of a profile: ``{"kind", "shard", "shards", "keys"?}``; a ``ProfileResult``."""
+        """Run one shard of a profile; a ``ProfileResult``.
+
+        ``request`` holds the fields of a ``ProfileRequest``; for ``operations`` also ``keys`` (kernel calls)
+        and ``metrics`` (name -> tokens), for ``neighbourhood`` also ``candidate``.
+        """
         wanted = ProfileRequest(request["kind"], request["shard"], request["shards"])
+        if wanted.kind == "neighbourhood":
+            with computing(self.lock):
+                return self._neighbourhood(wanted, Candidate.of(request["candidate"])).to_json()
         if wanted.kind == "operations":
             return self._operations(wanted, request["keys"], request["metrics"]).to_json()
         method = wanted.kind.partition(":")[2]
@@ -156,17 +169,40 @@ class ModelWorker:
         return sensitivity.measured_sensitivity(mine_decisions, self._single_change)
 
     def _delta(self, part: Part, option: Value) -> torch.Tensor | None:
+        return self._move(part, self._neutral()[self._decision_of(part).name], option)
+
+    def _move(self, part: Part, here: Value, there: Value) -> torch.Tensor | None:
         for s in self.spaces:
-            if any(part.path in d.sites for d in self.decisions[s.name]) and hasattr(s, "delta"):
-                found: torch.Tensor | None = s.delta(self.built, part, option)
+            if hasattr(s, "move") and any(part.path in d.sites for d in self.decisions[s.name]):
+                found: torch.Tensor | None = s.move(self.built, part, here, there)
                 return found
         raise CapabilityError(
             f"no space gives weight changes for {part.path}; use sensitivity.method: measured"
         )
 
+    def _decision_of(self, part: Part) -> Decision:
+        return next(d for row in self.decisions.values() for d in row if part.path in d.sites)
+
+    def _neighbourhood(self, request: ProfileRequest, candidate: Candidate) -> ProfileResult:
+        """Costs of leaving ``candidate``, from this shard's calibration sequences."""
+        size = self._calibration_size()
+        level = Fidelity("sensitivity", "calibration", size, timing=False)
+        self._ensure_teacher(level)
+        self._apply(candidate, serving=False)
+        positions = list(range(size))[request.shard :: request.shards]
+        workload: Any = self.workload
+        return sensitivity.neighbourhood_sensitivity(
+            self.built,
+            workload.inputs(self.built, "calibration", size)[positions],
+            [d for s in self.spaces for d in self.decisions[s.name]],
+            candidate.values,
+            self._move,
+            lambda logits, index: workload.divergence(self.built, "calibration", logits, index),
+            positions=positions,
+        )
+
     def _single_change(self, name: str, option: Value) -> tuple[float, int]:
         neutral = self._neutral()
-        assert neutral is not None
         fidelity = Fidelity("sensitivity", "calibration", self._calibration_size(), timing=False)
         self._ensure_teacher(fidelity)
         self._apply(neutral.replace({name: option}), serving=False)
@@ -181,7 +217,7 @@ class ModelWorker:
 
         started = time.perf_counter()
         rows: dict[str, dict[Value, tuple[int, float, float]]] = {}
-        with timing(self.lock), devices.threads(self._timing_threads()):
+        with timing(self.lock), cpu_threads(self._timing_threads()):
             for key in keys[request.shard :: request.shards]:
                 for metric, tokens in metrics.items():
                     found = time_op(key, tokens, self.built.model.dtype, self.device)
@@ -241,7 +277,7 @@ class ModelWorker:
         with computing(self.lock):
             self._apply(candidate, serving=True)
         try:
-            with timing(self.lock), devices.threads(self._timing_threads()):
+            with timing(self.lock), cpu_threads(self._timing_threads()):
                 return self.workload.time(self.built)
         finally:
             self._restore()

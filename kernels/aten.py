@@ -89,7 +89,7 @@ class Int4Backend:
         if codes is None:
             return None
         scale, shift = state.tensors["scale_shift"][:, index].float().permute(2, 1, 0)
-        grouped = codes.view(len(index), -1, state.meta["group"])
+        grouped = codes.unflatten(1, (-1, state.meta["group"]))
         return ((grouped - 8.0) * scale.unsqueeze(-1) + shift.unsqueeze(-1)).view(codes.shape)
 
 
@@ -133,21 +133,29 @@ def _int4_rows(packed: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]
     """Codes of some rows, uint8 ``[T, K]``, out of torch's CPU layout; ``None`` when it isn't understood."""
     rows, columns = shape
     block = _int4_block()
-    tail = rows % block if block else 0
-    orders = [_nibble_order(block), _nibble_order(tail or block)] if block else [None]
-    if any(order is None for order in orders):
+    slots = _slots(block, rows % block) if block else None
+    if slots is None:
         return None
-    first = index // block * block
-    height = torch.clamp(rows - first, max=block)
-    # Slot of each wanted row among the nibbles of one column of its block.
+    within = index % block
+    first = index - within
+    height = torch.clamp(rows - first, max=block)  # the last block may be lower
+    slot = slots[(height < block).long(), within]
+    start = (first * columns + slot) // 2
+    byte = start.unsqueeze(1) + torch.arange(columns) * (height // 2).unsqueeze(1)
+    shift = (4 * (slot % 2)).to(torch.uint8)
+    return (packed.view(-1)[byte] >> shift.unsqueeze(1)) & 15
+
+
+@cache
+def _slots(block: int, tail: int) -> torch.Tensor | None:
+    """``_nibble_order`` of whole blocks and of a last block of ``tail`` rows, int64 ``[2, block]``."""
+    orders = [_nibble_order(block), _nibble_order(tail or block)]
     table = torch.zeros(2, block, dtype=torch.int64)
-    for line, order in enumerate(orders):
-        assert order is not None
-        table[line, : len(order)] = order
-    slot = table[(height < block).long(), index - first]
-    column = torch.arange(columns)
-    byte = (first * columns // 2 + slot // 2).unsqueeze(1) + column * (height // 2).unsqueeze(1)
-    return (packed.view(-1)[byte] >> (4 * (slot % 2)).unsqueeze(1).to(torch.uint8)) & 15
+    for line, order in zip(table, orders):
+        if order is None:
+            return None
+        line[: len(order)] = order
+    return table
 
 
 @cache

@@ -45,12 +45,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     words = packed_words(columns, bits)
     if codes.numel() == 0:
         return codes.new_zeros((*lead, words), dtype=torch.int32)
-    padded = torch.nn.functional.pad(codes, (0, -columns % 32)).contiguous()
+    # A fresh tensor, since views as words need plain strides, which contiguous() may not give (sizes of 1).
+    padded = codes.new_zeros((*lead, columns + -columns % 32))
+    padded[..., :columns] = codes
     if bits < 8:
         unit = _UNITS[bits & -bits]
         lanes = _squeeze(padded.view(torch.int64), bits).unsqueeze(-1).view(unit)
         padded = lanes[..., : bits // unit.itemsize].contiguous().flatten(len(lead))
-    return padded.view(torch.int32)[..., :words].contiguous()
+    return _plain(padded.view(torch.int32)[..., :words])
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -77,22 +79,27 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     if words.numel() == 0:
         return words.new_zeros((*lead, columns), dtype=torch.uint8)
     eights = -(-columns // 8)
-    stream = words.contiguous().view(torch.uint8)
+    stream = _plain(words).view(torch.uint8)
     stream = torch.nn.functional.pad(stream, (0, eights * bits - 4 * width))  # a negative pad crops
     if bits < 8:
         bytes8 = torch.nn.functional.pad(stream.reshape(*lead, eights, bits), (0, 8 - bits))
         stream = _spread(bytes8.view(torch.int64).squeeze(-1), bits).view(torch.uint8)
-    return stream[..., :columns].contiguous()
+    return _plain(stream[..., :columns])
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``[N, G]`` along N, as zero points are stored: int32 ``[ceil(N * bits / 32), G]``."""
-    return pack(codes.transpose(-2, -1), bits).transpose(-2, -1).contiguous()
+    return _plain(pack(codes.transpose(-2, -1), bits).transpose(-2, -1))
 
 
 def unpack_rows(words: Tensor, bits: int, rows: int) -> Tensor:
     """Inverse of :func:`pack_rows`: int32 ``[ceil(N * bits / 32), G]`` to uint8 ``[N, G]``."""
-    return unpack(words.transpose(-2, -1), bits, rows).transpose(-2, -1).contiguous()
+    return _plain(unpack(words.transpose(-2, -1), bits, rows).transpose(-2, -1))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy with the strides of a new tensor, also where sizes of 1 let odd strides pass as contiguous."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_bits(bits: int) -> None:

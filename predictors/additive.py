@@ -37,8 +37,8 @@ class AdditivePredictor:
         self.table, self.metric, self.spread = table, table.metric, spread
         self._log = False
         self._center = 0.0
-        self._weights = np.zeros(2)
-        self._covariance = np.zeros((2, 2))
+        self._weights: Floats = np.zeros(2)
+        self._covariance: Floats = np.zeros((2, 2))
         self._noise = spread
         self._unit = 1.0
         self._fitted = False
@@ -65,7 +65,7 @@ class AdditivePredictor:
         prior = np.diag([1.0 / self._unit**2, 1.0 / slope**2])
         noise = self.spread * self._unit
         for _ in range(3):
-            self._covariance = np.linalg.inv(prior + design.T @ design / noise**2)
+            self._covariance = np.asarray(np.linalg.inv(prior + design.T @ design / noise**2), np.float64)
             self._weights = self._covariance @ (design.T @ residual) / noise**2
             errors = residual - design @ self._weights
             guess = (self.spread * self._unit) ** 2

@@ -107,7 +107,7 @@ def _left_out(predictor: Predictor, trials: Sequence[Trial], folds: int = 5) -> 
         held = np.arange(fold, len(trials), folds)
         rest = [t for i, t in enumerate(trials) if i % folds != fold]
         fitted = copy.deepcopy(predictor).fit(rest)
-        found[held] = fitted.predict([trials[i].candidate for i in held]).mean
+        found[held] = fitted.predict([t.candidate for t in trials[fold::folds]]).mean
     return found
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 
+from autocomp.errors import SpaceError
 from autocomp.predictors.additive import usable_trials
 from autocomp.predictors.base import Prediction
 from autocomp.predictors.features import Encoder
@@ -106,7 +107,7 @@ class ResidualPredictor:
     def fit(self, trials: Sequence[Trial]) -> Self:
         """Forget what was learned and learn from ``trials``; failed and NaN ones are ignored."""
         self._reset()
-        used = usable_trials(trials, self.metric)
+        used = [t for t in usable_trials(trials, self.metric) if self._knows(t.candidate)]
         totals = self._totals([t.candidate for t in used])
         known = np.isfinite(totals)
         used, totals = [t for t, k in zip(used, known, strict=True) if k], totals[known]
@@ -123,6 +124,14 @@ class ResidualPredictor:
         target = (y - self._prior_mean(totals)) / self._unit
         self._condition(inputs, target, errors**2)
         return self
+
+    def _knows(self, candidate: Candidate) -> bool:
+        """False for a candidate outside the space (a baseline that was measured for comparison)."""
+        try:
+            self._codes.setdefault(candidate.fingerprint, self.encoder.codes(candidate))
+        except SpaceError:
+            return False
+        return True
 
     def _set_units(self, y: Floats, totals: Floats) -> None:
         """Offset and unit of the regression target, and the centre of the totals."""
@@ -216,10 +225,7 @@ class ResidualPredictor:
                 old = self.table.cost(e.name, e.option)
                 if e.name not in self.table.costs or not math.isfinite(old):
                     continue
-                new = old + e.scale * float(effects[list(e.effects)].sum())
-                costs.setdefault(e.name, {})[e.option] = (
-                    max(new, 0.05 * old) if old >= 0 else min(new, 0.05 * old)
-                )
+                costs.setdefault(e.name, {})[e.option] = _moved(old, e.scale, effects[list(e.effects)])
         table = AdditiveTable(self.metric, self.table.base, costs)
         return table if not self._log or not self._used else self._rescaled(table)
 
@@ -242,6 +248,18 @@ class ResidualPredictor:
         factor = float(np.median(ratios))
         costs = {n: {o: factor * c for o, c in row.items()} for n, row in table.costs.items()}
         return AdditiveTable(table.metric, factor * table.base, costs)
+
+
+def _moved(cost: float, scale: float, effects: Floats) -> float:
+    """The cost after its relative errors; to first order ``cost + scale * effects``, but never past zero."""
+    relative = float(np.clip(effects.sum(), -2.0, 2.0))
+    if abs(cost) < scale:  # an entry at the floor: nothing to scale, so the error is added
+        return (
+            max(cost + scale * relative, 0.05 * cost)
+            if cost >= 0
+            else min(cost + scale * relative, 0.05 * cost)
+        )
+    return cost * math.exp(relative if cost > 0 else -relative)
 
 
 def _kernel(a: _Inputs, b: _Inputs, scales: Scales) -> Floats:
@@ -269,7 +287,7 @@ def _tune(inputs: _Inputs, target: Floats, errors: Floats, kind: Kind) -> Scales
     best, score = Scales(), -math.inf
     for smooth, length in smooths:
         rough = line + smooth**2 * _smooth(inputs.places, inputs.places, length) if smooth else line
-        for effect, noise in product((0.1, 0.3, 1.0), (0.01, 0.03, 0.1, 0.3)):
+        for effect, noise in product((0.1, 0.2, 0.4), (0.01, 0.03, 0.1, 0.3)):
             kernel = rough + effect**2 * effects
             kernel[np.diag_indices_from(kernel)] += noise**2 + errors
             factor, _ = cho_factor(kernel, lower=True, check_finite=False)

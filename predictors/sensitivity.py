@@ -8,14 +8,18 @@ nats a token where the method allows it, else in the method's own unit (only the
 - ``first_order``: |sum(g * dW)| of the averaged gradient (LLM-MQ, section 3.2).
 - ``activation``: ||X dW'||^2 / ||X W'||^2, the relative output error on calibration activations.
 - ``measured``: KL of the model with this one change.
-- ``neighbourhood``: change of the measured KL when one decision leaves a given candidate: first-order term
-  of the KL's own gradient there plus the Fisher second-order term (what a hybrid search re-linearises with).
+- ``neighbourhood``: change of the KL when one decision leaves a given candidate: the first-order term of the
+  KL's own gradient at that candidate plus the Fisher second-order term. At an operating point the gradient
+  is not zero, and it carries the interactions with every other choice that costs at the uncompressed point
+  miss; a hybrid search solves again with these costs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -26,6 +30,7 @@ from autocomp.space import Decision, Value
 from autocomp.workloads.base import Built
 
 GRADIENT_METHODS = ("fisher", "first_order")
+BASE = "base"
 METHODS = (*GRADIENT_METHODS, "activation", "measured")
 
 Delta = Callable[[Part, Value], torch.Tensor | None]
@@ -98,46 +103,133 @@ def _decision_cost(
 def _accumulate(
     built: Built, sequences: torch.Tensor, parts: Mapping[str, Part], *, squared: bool
 ) -> dict[str, torch.Tensor]:
-    """Sum over sequences of g^2 (or of g): path -> float32 ``[out, in]``. One weight's gradient at a time."""
-    weights = {path: _weight(built, path) for path in parts}
+    """Sum over sequences of g^2 (or of g) of the next-token loss: path -> float32 ``[out, in]``."""
     sums: dict[str, torch.Tensor] = {}
+    with _gradients(built, parts) as backward:
+        for sequence in sequences:
+            backward(_sequence_loss(built, sequence[None]), sums, squared=squared)
+    return {path: _as_rows(built, path, total) for path, total in sums.items()}
+
+
+class _Backward(Protocol):
+    def __call__(
+        self, loss: torch.Tensor, sums: dict[str, torch.Tensor], *, squared: bool, retain: bool = False
+    ) -> None: ...
+
+
+@contextmanager
+def _gradients(built: Built, parts: Mapping[str, Part]) -> Iterator[_Backward]:
+    """A function that adds a loss's gradients (or their squares) to sums, one weight at a time.
+
+    Each weight's gradient is consumed and freed by a hook as soon as it is there, so that the peak is one
+    weight's gradient beyond the sums. Flags and gradients of the model are as before at the end.
+    """
+    weights = {path: _weight(built, path) for path in parts}
     flags = {p: p.requires_grad for p in built.model.parameters()}
+    target: dict[str, torch.Tensor] = {}
+    squares = False
+
+    def collector(path: str) -> Callable[[torch.Tensor], None]:
+        def collect(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            gradient = weight.grad.float()
+            weight.grad = None
+            term = gradient.square_() if squares else gradient
+            target[path] = target[path].add_(term) if path in target else term
+
+        return collect
+
+    def backward(
+        loss: torch.Tensor, sums: dict[str, torch.Tensor], *, squared: bool, retain: bool = False
+    ) -> None:
+        nonlocal target, squares
+        target, squares = sums, squared
+        torch.autograd.backward(loss, inputs=list(weights.values()), retain_graph=retain)
+
+    handles = []
     for parameter in flags:
         parameter.requires_grad_(False)
-    handles = []
     for path, weight in weights.items():
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(_collector(sums, path, squared)))
+        handles.append(weight.register_post_accumulate_grad_hook(collector(path)))
     try:
-        for sequence in sequences:
-            loss = _sequence_loss(built, sequence[None])
-            torch.autograd.backward(loss, inputs=list(weights.values()))
+        yield backward
     finally:
         for handle in handles:
             handle.remove()
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
-    return {path: _as_rows(built, path, total) for path, total in sums.items()}
 
 
-def _collector(sums: dict[str, torch.Tensor], path: str, squared: bool) -> Callable[[torch.Tensor], None]:
-    def collect(weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        gradient = weight.grad.float()
-        weight.grad = None  # freed at once: the peak is one weight's gradient beyond the sums
-        term = gradient.square_() if squared else gradient
-        sums[path] = term if path not in sums else sums[path].add_(term)
+def neighbourhood_sensitivity(
+    built: Built,
+    sequences: torch.Tensor,
+    decisions: Sequence[Decision],
+    current: Mapping[str, Value],
+    move: Callable[[Part, Value, Value], torch.Tensor | None],
+    divergence: Callable[[torch.Tensor, int], torch.Tensor],
+    *,
+    positions: Sequence[int],
+    folds: int = 2,
+) -> ProfileResult:
+    """Change of the KL (nats a token) when one decision leaves ``current``, around the model as it is now.
 
-    return collect
+    First order from the gradient of KL(uncompressed || current); second order half of sum(g^2 * dW^2)
+    with the next-token loss's gradients there (empirical Fisher).
+
+    Args:
+        built: the model at ``current`` in its scoring state.
+        sequences: ``[n, L]`` token ids.
+        move: (part, from option, to option) -> weight change, float32 ``[out, in]``; ``None`` for none.
+        divergence: (logits ``[1, L, V]``, position in the split) -> summed KL, a scalar with gradient.
+        positions: where the sequences stand in the split that the uncompressed outputs were kept for.
+
+    Returns:
+        One sample a fold for each (decision, option); the row ``BASE`` holds the KL itself.
+    """
+    started = time.perf_counter()
+    rows: Rows = {d.name: {} for d in decisions} | {BASE: {}}
+    parts = _owned_parts(built, decisions)
+    chunks = torch.arange(len(sequences)).chunk(min(folds, len(sequences)))
+    for chunk in chunks:
+        first: dict[str, torch.Tensor] = {}
+        second: dict[str, torch.Tensor] = {}
+        total = 0.0
+        with _gradients(built, parts) as backward:
+            for i in chunk.tolist():
+                ids = sequences[i : i + 1].to(built.device)
+                logits = built.model(input_ids=ids, use_cache=False).logits
+                kl = divergence(logits, positions[i])
+                total += float(kl.detach())
+                backward(kl, first, squared=False, retain=True)
+                backward(_next_token_loss(logits, ids), second, squared=True)
+        tokens = len(chunk) * sequences.shape[1]
+        _add(rows[BASE], "kl", total / tokens)
+        gradients = {p: _as_rows(built, p, g) for p, g in first.items()}
+        fisher = {p: _as_rows(built, p, g) for p, g in second.items()}
+        for decision in decisions:
+            here = current[decision.name]
+            for option in decision.options:
+                cost = 0.0
+                for path in decision.sites:
+                    change = move(parts[path], here, option) if path in parts and option != here else None
+                    if change is not None:
+                        cost += float((gradients[path] * change).sum())
+                        cost += 0.5 * float((fisher[path] * change.square_()).sum())
+                _add(rows[decision.name], option, cost / tokens)
+    return ProfileResult("neighbourhood", rows, time.perf_counter() - started)
 
 
 def _sequence_loss(built: Built, ids: torch.Tensor) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats, a scalar."""
-    logits = built.model(input_ids=ids.to(built.device), use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum"
-    )
+    """Summed next-token cross-entropy of one sequence in nats, a scalar."""
+    logits = built.model(input_ids=ids.to(built.device), use_cache=False).logits
+    return _next_token_loss(logits, ids)
+
+
+def _next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    targets = ids[:, 1:].flatten().to(logits.device)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum")
 
 
 def _weight(built: Built, path: str) -> torch.nn.Parameter:

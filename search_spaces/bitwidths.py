@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from autocomp.errors import SpaceError
 from autocomp.quantize.scheme import Scheme
 from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage
-from autocomp.space import Choice, Decision, Value
+from autocomp.space import Candidate, Choice, Decision, Value
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,8 @@ class BitwidthsConfig(BaseModel):
         head: labels for an output head with a weight of its own; empty leaves it alone.
         granularity: what shares a choice: each ``linear``, ``tied`` group, ``block`` or the whole ``model``.
         exclude: regular expressions; linears whose path matches one (anywhere) stay as they are.
-        method: rounding: ``rtn``, ``mse`` (clipping) or ``gptq`` (error-compensated, on calibration data).
+        method: rounding: ``rtn``, ``mse`` (clipping), ``gptq`` (error-compensated, on calibration data) or
+            ``gptq-mse`` (both: the best where time allows).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +52,7 @@ class BitwidthsConfig(BaseModel):
     head: list[str] = Field(default_factory=list)
     granularity: Literal["linear", "tied", "block", "model"] = "tied"
     exclude: list[str] = Field(default_factory=list)
-    method: Literal["rtn", "mse", "gptq"] = "rtn"
+    method: Literal["rtn", "mse", "gptq", "gptq-mse"] = "rtn"
 
     @field_validator("options", "embeddings", "head")
     @classmethod
@@ -153,6 +154,19 @@ class Bitwidths(Space):
     def neutral(self, decision: Decision) -> Value:
         return "w16"
 
+    def baselines(self, decisions: Sequence[Decision]) -> list[Candidate]:
+        """One label for all linears, with every label for embedding and head (``w4g64`` with ``w8`` ends)."""
+        ends = [d for d in decisions if d.block is None and set(d.options) != set(self.config.labels())]
+        body = [d for d in decisions if d not in ends]
+        if not ends or not body:
+            return super().baselines(decisions)
+        alike = [o for o in ends[0].options if all(d.domain.contains(o) for d in ends)]
+        return [
+            Candidate.of({d.name: label for d in body} | {d.name: end for d in ends})
+            for label in reversed(self.config.labels())
+            for end in reversed(alike)
+        ]
+
     def resources(self, site: ModelSite, decision: Decision, option: Value, device: str) -> Resources:
         from autocomp.kernels.ops import capability
         from autocomp.measure.op_table import op_key
@@ -191,14 +205,13 @@ class Bitwidths(Space):
                 labels.update({path: str(choices[decision.name]) for path in decision.sites})
         WeightSwapper.of(built).apply(labels, method=self.config.method, serving=serving)
 
-    def delta(self, built: Built, part: Part, option: Value) -> torch.Tensor | None:
-        """Change of a part's weight under an option, float32 ``[out, in]``; ``None`` for no change."""
+    def move(self, built: Built, part: Part, here: Value, there: Value) -> torch.Tensor | None:
+        """Change of a part's weight from one option to another, float32 ``[out, in]``; ``None`` for none."""
         from autocomp.search_spaces.weights import WeightSwapper
 
-        scheme = Scheme.parse(str(option))
-        if scheme.is_dense:
+        if here == there:
             return None
-        return WeightSwapper.of(built).delta(part.path, scheme.label, self.config.method)
+        return WeightSwapper.of(built).move(part.path, str(here), str(there), self.config.method)
 
 
 def _common_name(sites: Sequence[str], key: str) -> str:

@@ -75,11 +75,12 @@ class WeightSwapper:
         self.built.state["pristine"] = True
 
     def quantized(self, path: str, label: str, method: str) -> QuantizedTensor:
-        """The bank's entry for a path under a label; ``method`` is ``rtn``, ``mse`` or ``gptq``."""
+        """The bank's entry for a path under a label; ``method`` as in ``quantize``."""
         scheme = Scheme.parse(label)
         weight = self._original(path)
-        gptq = method == "gptq" and self.built.site.part(path).kind == "linear"
-        method = method if gptq or method != "gptq" else "mse"  # an embedding has no calibration inputs
+        gptq = method.startswith("gptq") and self.built.site.part(path).kind == "linear"
+        if method.startswith("gptq") and not gptq:
+            method = "mse"  # an embedding has no calibration inputs
         dtype = _scale_dtype(weight.dtype)
         key = LayerBank.key(self._hash(path), scheme, method, dtype, self.calibration if gptq else "")
 
@@ -88,7 +89,7 @@ class WeightSwapper:
             if gptq:
                 if self.hessian is None:
                     raise SpaceError(
-                        "method 'gptq' needs calibration data, which this workload does not give"
+                        "error-compensated rounding needs calibration data, which this workload does not give"
                     )
                 self.restore()
                 hessian = self.hessian(path)
@@ -96,9 +97,14 @@ class WeightSwapper:
 
         return self.bank.get(key, scheme, build, keep_on_disk=method != "rtn")
 
-    def delta(self, path: str, label: str, method: str) -> torch.Tensor:
-        """Quantized minus original weight, float32 ``[out, in]``."""
-        return self.quantized(path, label, method).dequantize(torch.float32) - self._original(path).float()
+    def move(self, path: str, here: str, there: str, method: str) -> torch.Tensor:
+        """Weight under ``there`` minus weight under ``here``, float32 ``[out, in]``."""
+        return self._weight(path, there, method) - self._weight(path, here, method)
+
+    def _weight(self, path: str, label: str, method: str) -> torch.Tensor:
+        if label == DENSE:
+            return self._original(path).float()
+        return self.quantized(path, label, method).dequantize(torch.float32).to(self.built.device)
 
     def _score(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
         if self.serving:

@@ -152,10 +152,10 @@ class LocalLink:
         elif code < 0:
             with suppress(ValueError):
                 reason += f" ({signal.Signals(-code).name})"
-        if not self._ready:
+        if code > 0 and not self._ready:
             reason += (
-                " before it was built; a script that starts a search needs `if __name__ == '__main__':`, "
-                "because worker processes import it"
+                " before it could answer. Worker processes import the script that starts them: it must be a "
+                "file, and start its search under `if __name__ == '__main__':`"
             )
         return WorkerDied(reason)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -84,7 +84,8 @@ class RayLink:
         """End the actor now; an idle one holds nothing that a grace period would save."""
         self.pending = None
         if self._actor is not None and ray.is_initialized():
-            ray.kill(self._actor, no_restart=True)
+            with suppress(RayError):  # the cluster may be gone already
+                ray.kill(self._actor, no_restart=True)
         self._actor = None
 
 
@@ -133,9 +134,9 @@ def _start_ray(spec: WorkerSpec, workers: int, address: str | None, log_to_drive
     """Connect to ``address`` (or ``RAY_ADDRESS``, which Ray sets for submitted jobs), else start Ray here."""
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     if where == "local":
-        for name, value in _QUIET.items():
-            os.environ.setdefault(name, value)
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(address=where, **options)

@@ -178,4 +178,6 @@ def _place_dense(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
         if name.startswith("buffer/"):
             owner, _, leaf = name.removeprefix("buffer/").rpartition(".")
             model.get_submodule(owner).register_buffer(leaf, tensor.to(device), persistent=False)
-    model.tie_weights()
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, PackedEmbedding):  # a packed embedding shares with its head already
+        model.tie_weights()

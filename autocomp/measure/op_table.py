@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from autocomp.errors import CapabilityError
+from autocomp.kernels.backend import DECODE_TOKENS
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.kernels.ops import capability, random_weight
 from autocomp.measure.timing import Timing, time_calls
@@ -26,7 +27,9 @@ COLD_BYTES = 64 * 2**20
 COLD_BYTES_CUDA = 256 * 2**20
 """The same for a GPU: five times the 50 MiB L2 of an H100."""
 MAX_COPIES = 256
-"""Bound on the calls of one sample; reached by weights below COLD_BYTES / 256 only."""
+"""Bound on the calls of one sample while decoding; small weights need many copies to be cold."""
+MAX_COPIES_PREFILL = 32
+"""The same for many tokens, where a call takes long and the weights' bytes matter less."""
 
 _KEY = re.compile(r"^(linear|embedding)/(\d+)x(\d+)/([a-z0-9.]+)$")
 Call = Callable[[], torch.Tensor]
@@ -114,7 +117,8 @@ def _rotating(op: Operation, tokens: int, dtype: torch.dtype, device: torch.devi
         x = torch.randint(0, rows, (tokens,), generator=generator).to(device)
     one = 2 * rows * columns if op.scheme.is_dense else op.scheme.weight_bytes(rows, columns)
     cold = COLD_BYTES_CUDA if device.type == "cuda" else COLD_BYTES
-    copies = max(1, min(MAX_COPIES, -(-cold // max(1, one))))
+    most = MAX_COPIES if tokens <= DECODE_TOKENS else MAX_COPIES_PREFILL
+    copies = max(1, min(most, -(-cold // max(1, one))))
     make = _dense_calls if op.scheme.is_dense else _packed_calls
     return make(op, x, copies, dtype, device)
 

@@ -69,9 +69,7 @@ def _locked(path: Path | str | None, mode: int, timeout: float | None) -> Iterat
     key = os.path.abspath(lock)
     if key in held:
         if mode == fcntl.LOCK_EX and held[key] == fcntl.LOCK_SH:
-            raise RuntimeError(
-                "timing() inside of computing() would wait for itself; leave computing() first"
-            )
+            raise RuntimeError("timing() inside of computing() would wait for itself: leave computing()")
         yield 0.0
         return
     start = time.monotonic()
@@ -101,10 +99,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise CapabilityError(
-            f"can't open the lock file {path} ({error.strerror}); set AUTOCOMP_QUIET_LOCK to a writable path "
-            "on a local disk"
-        ) from error
+        raise _unusable(path, error) from error
     try:
         yield handle
     finally:
@@ -113,17 +108,24 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _acquire(handle: int, mode: int, deadline: float | None, lock: Path) -> None:
-    if deadline is None:
-        fcntl.flock(handle, mode)
-        return
+    mode = mode if deadline is None else mode | fcntl.LOCK_NB
     while True:
         try:
-            fcntl.flock(handle, mode | fcntl.LOCK_NB)
+            fcntl.flock(handle, mode)
             return
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            assert deadline is not None
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise CapabilityError(
-                    f"no quiet moment on this machine in the time allowed ({lock} is held by another worker); "
+                    f"no quiet moment on this machine in the time allowed ({lock} is held elsewhere); "
                     "wait longer, or run fewer workers on it"
                 ) from None
-            time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(POLL_SECONDS, left))
+        except OSError as error:  # a network file system without locks
+            raise _unusable(lock, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> CapabilityError:
+    remedy = "set AUTOCOMP_QUIET_LOCK to a writable path on a local disk"
+    return CapabilityError(f"can't use the lock file {path} ({error.strerror}); {remedy}")

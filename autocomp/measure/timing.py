@@ -202,7 +202,6 @@ def _cuda_sample(fn: Call) -> float:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

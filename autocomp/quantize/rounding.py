@@ -40,7 +40,7 @@ def quantize(
             (:mod:`~autocomp.quantize.gptq`) on the full range of each group as compensated so far, and
             ``gptq-mse`` also clips, which matters at 2 and 3 bits.
         hessian: ``X^T X`` of the layer's inputs, ``[K, K]``. Needed by ``gptq`` and ``gptq-mse``. For ``mse``
-            optional, or just its diagonal ``[K]``: weighs the error of each input feature. ``rtn`` ignores it.
+            optional, or just its diagonal ``[K]``: the weight of each input feature. ``rtn`` ignores it.
         scale_dtype: bfloat16 or float16; codes are computed with scales already rounded to it.
 
     Returns:

@@ -14,6 +14,15 @@ from autocomp.trial import Trial
 
 
 @dataclass(frozen=True)
+class LocalModel:
+    """Costs around one candidate: ``table.cost(decision, option)`` is the change of the metric when that
+    decision alone leaves the candidate (0 for staying); ``table.base`` is the metric at the candidate."""
+
+    candidate: Candidate
+    table: AdditiveTable
+
+
+@dataclass(frozen=True)
 class Problem:
     """Everything that is known before the first trial.
 
@@ -23,6 +32,9 @@ class Problem:
         constraints: bounds on metrics. Bounds on exact tables are also in ``space`` as ``LinearBudget``.
         tables: additive models by metric: exact ones (bytes), sensitivities, latency tables. May be empty.
         baselines: candidates that the study measures anyway (uniform ones, first the uncompressed one).
+        local: what was profiled around candidates that the searcher asked to know better
+            (``wants_profile``), oldest first.
+        can_profile: whether such a profile can be had.
         seed: all randomness of a searcher comes from ``(seed, len(history) + len(pending))``.
     """
 
@@ -32,6 +44,8 @@ class Problem:
     tables: Mapping[str, AdditiveTable] = field(default_factory=dict)
     baselines: tuple[Candidate, ...] = ()
     seed: int = 0
+    local: tuple[LocalModel, ...] = ()
+    can_profile: bool = False
 
     def rng(self, step: int) -> np.random.Generator:
         """A generator that depends on the seed and on how far the search is, and on nothing else."""
@@ -48,6 +62,16 @@ class Searcher(Protocol):
         An empty list means that the searcher has nothing more to propose.
         ``history`` holds trials of the search fidelity, failed ones included.
         """
+        ...
+
+
+@runtime_checkable
+class ProfilingSearcher(Searcher, Protocol):
+    """A searcher that may ask for a profile around a candidate before it goes on."""
+
+    def wants_profile(self, history: Sequence[Trial]) -> Candidate | None:
+        """A candidate of ``history`` that is not in ``problem.local`` yet, or ``None``. The study profiles
+        it and builds the searcher anew with the result in ``problem.local``."""
         ...
 
 

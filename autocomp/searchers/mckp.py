@@ -190,7 +190,7 @@ class Dual:
     reduced: Floats
 
 
-def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-9) -> Dual:
+def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-7) -> Dual:
     """Maximise ``L`` by Kelley's cutting planes: each solved subproblem is one plane above it.
 
     The master has one variable a row, so its LP is tiny; the subproblem is a vectorised minimum.

@@ -103,7 +103,10 @@ def tiny_model(kind: str, folder: Path, *, seed: int = 0, dtype: str = "float32"
         dtype: storage type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         sizes: ``layers`` (2), ``hidden`` (64), ``context`` (512 tokens).
     """
+    from autocomp.workloads.checkpoint import quiet
+
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_network(kind, seed=seed, dtype=dtype, **sizes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    with quiet():
+        tiny_network(kind, seed=seed, dtype=dtype, **sizes).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -7,6 +7,7 @@ caller has open nor ``MLFLOW_RUN_ID`` in the environment can capture what is log
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.entities import Experiment, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
 from autocomp import report
@@ -121,7 +122,8 @@ class MlflowTracker:
     def _open(self) -> MlflowClient:
         """The client, with the parent run made or found."""
         if self._client is None:
-            self._client = _connect(self._uri)
+            with _alone(self._uri):
+                self._client = _connect(self._uri)
         if not self._parent:
             self._experiment_id = _experiment(self._client, self._experiment, self._uri).experiment_id
             found = self._previous_run(self._client)
@@ -294,9 +296,21 @@ def _connect(uri: str) -> MlflowClient:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     path = _sqlite_path(uri)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _write_ahead(path)
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=uri)  # makes or upgrades the tables of a database
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep other drivers out while tables are made: MLflow's migrations fail when two run at once."""
+    path = _sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or its holder is killed
+        yield
 
 
 def _write_ahead(path: Path) -> None:

@@ -115,9 +115,11 @@ class CausalLM(Workload):
         Raises:
             JobError: a path, a format, too little text, or a scenario longer than the model's context.
         """
-        from autocomp.workloads import checkpoint, discovery
+        from autocomp.workloads import _gguf, checkpoint, discovery
 
         source = checkpoint.locate(self.config.model)
+        if source.gguf:
+            source = _gguf.convert(source, self.config.dtype)
         trust = self.config.trust_remote_code
         tokenizer = checkpoint.load_tokenizer(source, trust_remote_code=trust)
         splits = self._splits(tokenizer)
@@ -207,9 +209,9 @@ class CausalLM(Workload):
 
         head = None if hidden is None else match_head(built.model, hidden, logits)
         width = 0 if hidden is None else hidden.shape[-1]
-        scored = sum(t.numel() for name, t in built.state["splits"].items() if name != "calibration")
+        tokens = sum(t.numel() for t in built.state["splits"].values())
         limit = int(self.config.data.teacher_mb * 1e6)
-        return Teacher(choose_mode(scored, width, logits.shape[-1], limit, head), head)
+        return Teacher(choose_mode(tokens, width, logits.shape[-1], limit, head), head)
 
     def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
         """``kl``, ``ppl`` and ``top1`` of the model as it is; see ``teacher.compare``.
@@ -224,6 +226,13 @@ class CausalLM(Workload):
         tokens = self.inputs(built, fidelity.split, fidelity.sequences)
         teacher = built.state["teachers"][fidelity.split]
         return compare(built.model, tokens, teacher, _vocabulary(built)), tokens.numel()
+
+    def divergence(self, built: Built, split: str, logits: Tensor, index: int) -> Tensor:
+        """KL(uncompressed || ``logits``) summed over the tokens of sequence ``index``: a scalar, in nats,
+        with a gradient. ``logits``: ``[1, L, vocabulary]``; ``ensure_teacher`` must have seen the split."""
+        from autocomp.workloads.teacher import summed_divergence
+
+        return summed_divergence(logits[0], built.state["teachers"][split], index)
 
     def time(self, built: Built) -> tuple[dict[str, Estimate], dict[str, Any]]:
         """``prefill_ms``, ``decode_ms`` and ``peak_mb`` of the serving model; see ``serving.measure``."""

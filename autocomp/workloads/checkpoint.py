@@ -6,18 +6,24 @@ import contextlib
 import copy
 import hashlib
 import io
+import json
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from autocomp.errors import JobError
 
-#: What transformers raises for folders that it can't read (RuntimeError covers NotImplementedError).
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+#: What transformers raises for files that it can't read (RuntimeError covers NotImplementedError).
+_UNREADABLE = (
+    OSError, ValueError, KeyError, IndexError, TypeError, EOFError, RuntimeError, ImportError,
+    SafetensorError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,14 @@ def load_model(source: Source, dtype: str, *, trust_remote_code: bool = False) -
 
     if dtype == "auto" and source.gguf:
         dtype = "bfloat16"
+    options = {**_options(source, trust_remote_code), **_as_plain_weights(source)}
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 output_loading_info=True,
-                **_options(source, trust_remote_code),
+                **options,
             )
     except _UNREADABLE as error:
         raise JobError(
@@ -120,7 +127,37 @@ def load_model(source: Source, dtype: str, *, trust_remote_code: bool = False) -
             f"workload.model: {source.folder} lacks {len(absent)} weights of {type(model).__name__} or has "
             f"them in another shape ({', '.join(absent[:3])}); the download may be incomplete"
         )
+    if source.gguf:
+        _forget_quantizer(model)
     return model.eval().requires_grad_(False)
+
+
+def _as_plain_weights(source: Source) -> dict[str, Any]:
+    """Options that make transformers unpack quantized weights; refuses what can't be unpacked exactly."""
+    if source.gguf:
+        import transformers
+
+        # Newer versions would otherwise keep GGUF blocks packed, in layers of their own type.
+        config = getattr(transformers, "GgufConfig", None)
+        return {"quantization_config": config(dequantize=True)} if config else {}
+    try:
+        quantized = json.loads((source.folder / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise JobError(f"workload.model: {source.folder / 'config.json'} can't be read: {error}") from error
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise JobError(
+            f"workload.model: {source.folder} is already quantized ({method}); give the original model, "
+            "which is both what to compress and what to compare with"
+        )
+    return {}
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Weights from a GGUF file are plain tensors now; what says otherwise would stop ``save_pretrained``."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -178,8 +215,6 @@ def save_assets(model: Any, tokenizer: Any, source: Source, folder: Path) -> Non
     Python files to ``folder``, which is created; no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):  # of the source (GGUF); the loaded weights are plain
-        del config.quantization_config
     if not config.architectures:
         config.architectures = [type(model).__name__]
     with quiet():

@@ -68,11 +68,11 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
     last = len(probe.order)  # what the pass did not reach (an expert without tokens) comes at the end
     parts.sort(key=lambda p: probe.order.get(_parent(p.path) if p.kind == "experts" else p.path, last))
 
-    counted = [modules[p.path].weight for p in parts if p.kind in ("linear", "embedding")]
+    counted: list[Any] = [modules[p.path].weight for p in parts if p.kind in ("linear", "embedding")]
     other_bytes = unique_bytes([*model.parameters(), *model.buffers()]) - unique_bytes(counted)
     config: Any = getattr(model, "config", None)
     family = str(getattr(config, "model_type", type(model).__name__))
-    return ModelSite(family, tuple(parts), other_bytes, fingerprint)
+    return ModelSite(family, tuple(parts), other_bytes, fingerprint, counted[0].element_size())
 
 
 def _matrix_parts(modules: dict[str, nn.Module], roles: dict[str, str], ties: dict[str, str]) -> list[Part]:

@@ -236,6 +236,20 @@ def _sequence(logits: Tensor, tokens: Tensor, teacher: Teacher, index: int) -> t
     return values
 
 
+def summed_divergence(logits: Tensor, teacher: Teacher, index: int) -> Tensor:
+    """Sum over tokens of KL(uncompressed || ``logits [L, vocabulary]``) for one sequence, differentiable."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    start = 0
+    for chunk in _chunks(logits):
+        stop = start + len(chunk)
+        # A clone: what was recorded in inference mode can't be saved for a backward pass.
+        theirs = teacher.log_probs(index, slice(start, stop)).clone()
+        ours = F.log_softmax(chunk.float(), -1)
+        total = total + F.kl_div(ours, theirs, reduction="sum", log_target=True)
+        start = stop
+    return total
+
+
 def _divergence(theirs: Tensor, ours: Tensor) -> Tensor:
     """Sum over rows of KL(theirs || ours), in float64; both are log-probabilities."""
     terms = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)

@@ -106,6 +106,20 @@ def test_ctrl_c_reaches_the_driver_alone(driver: Callable[..., tuple[subprocess.
     assert _gone(worker)
 
 
+def test_a_script_without_main_guard_is_told_so_and_ends(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    body = DRIVER.partition("def main")[0] + "\n".join(
+        [
+            'executor = LocalExecutor(WorkerSpec("autocomp.testing.workers:ToyWorker"))',
+            'executor.submit(WorkItem("pid", "pid"))',
+            "print(next(iter(executor.completed(60.0))).failure, flush=True)",
+        ]
+    )
+    script.write_text(body)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert "exited with code 1" in done.stdout and "if __name__ == '__main__'" in done.stdout
+
+
 def test_signal_is_named_and_the_environment_of_the_driver_is_untouched() -> None:
     before = dict(os.environ)
     spec = WorkerSpec(TOY, env={"AUTOCOMP_LEAK": "1"}, threads=7)

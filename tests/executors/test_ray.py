@@ -53,7 +53,16 @@ def shared_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.mark.parametrize("check", EXECUTOR_CHECKS, ids=lambda check: check.__name__)
+# Starting an actor takes a second. What these three look at is the pool's doing, which the local executor's
+# run covers as well; together they take over ten seconds.
+_SLOW = {"check_share", "check_death_in_constructor", "check_long_lived_in_order"}
+_CHECKS = [
+    pytest.param(check, id=check.__name__, marks=[pytest.mark.slow] if check.__name__ in _SLOW else [])
+    for check in EXECUTOR_CHECKS
+]
+
+
+@pytest.mark.parametrize("check", _CHECKS)
 def test_conformance(shared_ray: None, check: Callable[[ExecutorFactory], None]) -> None:
     check(lambda spec, workers, retries: RayExecutor(spec, workers, retries))
 

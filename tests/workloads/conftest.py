@@ -26,7 +26,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def prose(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Files of small, different documents: enough for splits of a few dozen short sequences."""
     root = tmp_path_factory.mktemp("prose")
-    words = "the cat saw seven green ships under a cold moon while nobody spoke of rain".split()
+    sentence = "the cat saw seven green ships under a cold moon while nobody spoke of rain"
+    words = sentence.split()
     files = []
     for d in range(12):
         lines = [

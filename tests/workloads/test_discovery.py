@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 import torch
 from torch import nn
@@ -109,7 +108,7 @@ def test_site_survives_json() -> None:
 
 
 class Parallel(nn.Module):
-    """A block with attention and MLP on one input, odd call order, an in-place change and a list of experts."""
+    """Attention and MLP on one input, odd call order, an in-place change, a list of experts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_regions_are_disjoint_cover_all_and_hold_what_is_needed(lengths: list[in
         return
     regions = cut_regions(lengths, needs)
     assert regions[0][0] == 0 and regions[-1][1] == sum(lengths)
-    assert all(a[1] == b[0] for a, b in zip(regions, regions[1:]))
+    assert all(a[1] == b[0] for a, b in pairwise(regions))
     assert all(stop - start >= need for (start, stop), need in zip(regions, needs))
 
 
@@ -105,7 +106,7 @@ def test_builtin_prose_is_there_and_long() -> None:
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="missing.txt"):
+    with pytest.raises(JobError, match=r"missing\.txt"):
         read_documents([str(tmp_path / "missing.txt")])
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00 text")

@@ -1,0 +1,226 @@
+"""Solve, measure the top few, refit, solve again: the default searcher.
+
+The first batch is the front that the additive tables predict. From then on every ask fits residual
+predictors to the history and pools candidates from three sources: the predicted front of the corrected
+tables, allocations near measured front points under corrected and sampled tables (a trust region: what
+was learned holds where it was measured), and mutated front points. The pool is ranked by expected
+hypervolume improvement, and a batch is picked one by one as if the picks before had been measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocomp.errors import InfeasibleError
+from autocomp.objective import Objective
+from autocomp.pareto import is_feasible, loss_row, non_dominated
+from autocomp.predictors.additive import AdditivePredictor
+from autocomp.predictors.base import Prediction, Predictor
+from autocomp.predictors.residual import ResidualPredictor
+from autocomp.searchers.acquisition import Scene, pick_batch
+from autocomp.searchers.base import Problem
+from autocomp.searchers.common import admissible, seen_fingerprints, spread_order
+from autocomp.searchers.evolution import Breeder, EvolutionSearcher, select
+from autocomp.searchers.ilp import (
+    Allocator,
+    IlpSearcher,
+    cost_and_sides,
+    front_plan,
+    hard_budgets,
+    side_mixes,
+)
+from autocomp.searchers.random import draw
+from autocomp.space import AdditiveTable, Candidate
+from autocomp.trial import Trial
+
+Floats = NDArray[np.float64]
+
+
+class HybridSearcher:
+    """ILP and predictors where the problem has additive tables, predictor-guided evolution where not.
+
+    Args:
+        points: bounds of an ILP sweep.
+        first: successful trials of its own before learning starts; they cover the tables' front.
+        pool: mutated candidates that are scored at each ask.
+        local: share of the decisions that an allocation near a measured point may change.
+        kind: residual predictor, ``ridge`` or ``gp``.
+        gap: optimality gap of a solve; above the tables' own error nothing is won by less.
+        time_limit: seconds a solve.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        points: int = 12,
+        first: int = 8,
+        pool: int = 200,
+        local: float = 0.2,
+        kind: str = "ridge",
+        gap: float = 1e-2,
+        time_limit: float = 10.0,
+    ) -> None:
+        self.problem = problem
+        self.points, self.first, self.pool, self.local = points, first, pool, local
+        self.kind, self.gap, self.time_limit = kind, gap, time_limit
+        self.breeder = Breeder(problem.space, mutation=2.0)
+        self.additive = not IlpSearcher.unsupported(problem)
+        self.starter: IlpSearcher | EvolutionSearcher
+        if self.additive:
+            self.starter = IlpSearcher(problem, points=points, gap=gap, time_limit=time_limit)
+        else:
+            self.starter = EvolutionSearcher(problem)
+
+    @staticmethod
+    def unsupported(problem: Problem) -> list[str]:
+        return EvolutionSearcher.unsupported(problem)
+
+    def ask(self, n: int, history: Sequence[Trial], pending: Sequence[Candidate]) -> list[Candidate]:
+        """See ``Searcher.ask``.
+
+        Raises:
+            InfeasibleError: the constraints on exact tables can't be met.
+        """
+        usable = [t for t in history if is_feasible(t, self.problem.objectives)]
+        own = [t for t in usable if t.origin not in ("baseline", "audit")]
+        if n <= 0:
+            return []
+        if len(own) < self.first or len(usable) < 2:
+            return self.starter.ask(n, history, pending)
+        rng = self.problem.rng(len(history) + len(pending))
+        models = self._fit(history)
+        pool = self._pool(models, history, seen_fingerprints(history, pending), rng)
+        chosen = self._choose(n, pool, models, usable, pending, rng)
+        if len(chosen) < n:
+            chosen += self.starter.ask(n - len(chosen), history, [*pending, *chosen])
+        return chosen
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    def _fit(self, history: Sequence[Trial]) -> dict[str, Predictor]:
+        """A predictor for each metric that an objective or constraint names."""
+        names = [o.metric for o in self.problem.objectives] + [c.metric for c in self.problem.constraints]
+        models: dict[str, Predictor] = {}
+        for metric in dict.fromkeys(names):
+            table = self.problem.tables.get(metric)
+            if table is not None and table.exact:
+                models[metric] = AdditivePredictor(table)
+            else:
+                kind = "gp" if self.kind == "gp" else "ridge"
+                models[metric] = ResidualPredictor(metric, table, self.problem.space, kind).fit(history)  # type: ignore[arg-type]
+        return models
+
+    def _tables(
+        self, models: Mapping[str, Predictor], rng: np.random.Generator | None = None
+    ) -> dict[str, AdditiveTable]:
+        """The problem's tables after what was learned, or a sample of what they may be."""
+        tables = dict(self.problem.tables)
+        for metric, model in models.items():
+            if isinstance(model, ResidualPredictor) and model.table is not None:
+                tables[metric] = model.corrected(rng)
+        return tables
+
+    # --- candidates ---------------------------------------------------------------------------------------
+
+    def _pool(
+        self,
+        models: Mapping[str, Predictor],
+        history: Sequence[Trial],
+        seen: set[str],
+        rng: np.random.Generator,
+    ) -> list[Candidate]:
+        parents = select(history, self.problem.objectives, self.problem.constraints, 32)
+        bred = [self.breeder.child([p.candidate for p in parents], rng) for _ in range(self.pool)]
+        if self.additive:
+            planned = [*self._planned(models, rng), *self._allocated(models, parents, rng)]
+        else:
+            exact = [t for t in self.problem.tables.values() if t.exact]
+            planned = [draw(self.problem.space, rng, exact) for _ in range(self.pool // 4)]
+        fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
+        return [c for c in fresh.values() if admissible(self.problem, c)]
+
+    def _planned(self, models: Mapping[str, Predictor], rng: np.random.Generator) -> list[Candidate]:
+        """The front of the corrected tables, at bounds that differ from ask to ask."""
+        points = self.points + int(rng.integers(self.points))
+        try:
+            return front_plan(self.problem, self._tables(models), points, self.gap, self.time_limit)
+        except InfeasibleError:
+            return []
+
+    def _allocated(
+        self, models: Mapping[str, Predictor], parents: Sequence[Trial], rng: np.random.Generator
+    ) -> list[Candidate]:
+        """Re-allocations at the size of measured points with few changes, half of them by sampled tables."""
+        found: list[Candidate] = []
+        centers = self._centers(parents)
+        for sample in (False, True):
+            tables = self._tables(models, rng if sample else None)
+            cost, sides = cost_and_sides(self.problem, tables)
+            allocator = Allocator(self.problem.space, cost)
+            budgets = [allocator.row(b) for b in hard_budgets(self.problem, tables)]
+            mixes = side_mixes(sides)
+            for i, center in enumerate(centers):
+                mix = mixes[i % len(mixes)] if mixes else None
+                rows = [*budgets, *([allocator.row((mix, mix.total(center)))] if mix else [])]
+                changes = max(1, round(self.local * len(allocator.groups) * (0.25 if i % 2 else 1.0)))
+                try:
+                    rows.append(allocator.near(center, changes))
+                    found.append(allocator.solve(rows, (), self.gap, self.time_limit).candidate)
+                except InfeasibleError:
+                    continue  # the centre breaks a budget by more than the trust region can mend
+        return found
+
+    def _centers(self, parents: Sequence[Trial], count: int = 6) -> list[Candidate]:
+        """Measured front points, spread out."""
+        if not parents:
+            return []
+        losses = np.array([loss_row(t, self.problem.objectives) for t in parents])
+        front = np.flatnonzero(non_dominated(losses))
+        return [parents[int(front[i])].candidate for i in spread_order(losses[front])[:count]]
+
+    # --- choice -------------------------------------------------------------------------------------------
+
+    def _choose(
+        self,
+        n: int,
+        pool: list[Candidate],
+        models: Mapping[str, Predictor],
+        usable: Sequence[Trial],
+        pending: Sequence[Candidate],
+        rng: np.random.Generator,
+    ) -> list[Candidate]:
+        if not pool:
+            return []
+        objectives = self.problem.objectives
+        feasible = [t for t in usable if is_feasible(t, objectives, self.problem.constraints)] or list(usable)
+        measured = np.array([loss_row(t, objectives) for t in feasible])
+        known = [c for c in pending if not self.problem.space.violations(c)]
+        predictions = {metric: model.predict([*pool, *known]) for metric, model in models.items()}
+        mean, std = _losses(objectives, predictions)
+        chance = self._chance(predictions)
+        scene = Scene(measured, mean[: len(pool)], std[: len(pool)], chance[: len(pool)], mean[len(pool) :])
+        return [pool[i] for i in pick_batch(scene, n, rng)]
+
+    def _chance(self, predictions: Mapping[str, Prediction]) -> Floats:
+        """Probability that all constraints hold, ``[candidates]``, with normal errors."""
+        from scipy.stats import norm
+
+        total = np.ones(len(next(iter(predictions.values())).mean))
+        for c in self.problem.constraints:
+            p = predictions[c.metric]
+            room = (c.bound - p.mean) if c.upper else (p.mean - c.bound)
+            total = total * norm.cdf(room / np.maximum(p.std, 1e-12 * max(1.0, abs(c.bound))))
+        return np.asarray(total)
+
+
+def _losses(objectives: Iterable[Objective], predictions: Mapping[str, Prediction]) -> tuple[Floats, Floats]:
+    """Predicted losses and their standard deviations, both ``[candidates, objectives]``."""
+    wanted = list(objectives)
+    mean = np.column_stack([(1.0 if o.minimize else -1.0) * predictions[o.metric].mean for o in wanted])
+    std = np.column_stack([predictions[o.metric].std for o in wanted])
+    return np.nan_to_num(mean, nan=math.inf), std
