@@ -77,10 +77,7 @@ def resume(
 
     ``overrides`` may change the budget, the executor and the tracking, nothing else.
     """
-    records = read_records(Path(run_dir))
-    job = next((r["job"] for r in records if r["kind"] == "job"), None)
-    if job is None:
-        raise RunError(f"{str(run_dir)!r} holds no job; it was never started")
+    job = _job_of(Path(run_dir), read_records(Path(run_dir)))
     return search(job, overrides=overrides, run_dir=run_dir, on_event=on_event, **parts)
 
 
@@ -91,13 +88,20 @@ def front_of(run_dir: str | Path) -> ParetoFront:
     summary = folder / "front.json"
     if any(r["kind"] == "finished" for r in records) and summary.is_file():
         return ParetoFront.from_json(json.loads(summary.read_text())["front"])
-    job = Job.of(next(r["job"] for r in records if r["kind"] == "job"))
+    job = _job_of(folder, records)
     trials = [Trial.from_json(r["trial"]) for r in records if r["kind"] == "trial"]
     for level in (REPORT.name, SELECTION.name, "proxy"):
         found = [t for t in trials if t.fidelity.name == level]
         if found:
             return ParetoFront.of(found, job.parsed_objectives(), job.parsed_constraints())
     return ParetoFront((), job.parsed_objectives(), job.parsed_constraints())
+
+
+def _job_of(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> Job:
+    for record in records:
+        if record["kind"] == "job":
+            return Job.of(record["job"])
+    raise RunError(f"{str(run_dir)!r} holds no job; it was never started")
 
 
 def measure(
@@ -136,7 +140,7 @@ def export(run_dir: str | Path, select: str, *, format: str = "native", out: str
     from autocomp.worker import open_worker
 
     trial = front_of(run_dir).select(select)
-    job = Job.of(next(r["job"] for r in read_records(Path(run_dir)) if r["kind"] == "job"))
+    job = _job_of(Path(run_dir), read_records(Path(run_dir)))
     with open_worker(job) as worker:
         worker.export(trial.candidate.to_json(), format, str(out))
     return Path(out)

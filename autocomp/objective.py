@@ -13,7 +13,8 @@ from autocomp.errors import ObjectiveError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_./-]*"
 _OBJECTIVE = re.compile(rf"^(min|max|minimize|maximize)\s+({_NAME})$")
-_CONSTRAINT = re.compile(rf"^({_NAME})\s*(<=|>=|<|>)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)$")
+_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_CONSTRAINT = re.compile(rf"^({_NAME})\s*(<=|>=|<|>)\s*({_NUMBER})$")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Constraint:
         return max(0.0, value - self.bound if self.upper else self.bound - value)
 
     def __str__(self) -> str:
-        return f"{self.metric} {'<=' if self.upper else '>='} {self.bound:g}"
+        return f"{self.metric} {'<=' if self.upper else '>='} {self.bound:.15g}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from autocomp.description import Description
 from autocomp.errors import InfeasibleError
 from autocomp.objective import Constraint, Objective, check_metrics
 from autocomp.searchers.base import Problem
-from autocomp.space import AdditiveTable, Candidate, LinearBudget, SearchSpace, Value
+from autocomp.space import AdditiveTable, Candidate, Choice, LinearBudget, SearchSpace, Value
+
+NOISE_SIGMA = 2.0
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Plan:
     Attributes:
         space: options that nothing executes are gone when latency matters; exact bounds are budgets.
         baselines: uniform candidates to measure, the uncompressed one first.
-        quality: objective metrics that a sensitivity table stands for.
+        quality: metrics of objectives and constraints that a sensitivity table stands for.
         timing: timing metrics that some objective or constraint names.
         notes: what was left out and why, for the user.
     """
@@ -42,9 +44,10 @@ def make_plan(
         InfeasibleError: a budget lies below the smallest reachable value, or nothing can be executed.
     """
     check_metrics([*objectives, *constraints], list(description.metrics))
-    named = [item.metric for item in (*objectives, *constraints)]
+    named = [*(o.metric for o in objectives), *(c.metric for c in constraints)]
     timing = tuple(m for m in description.timing if m in named)
-    space, notes = description.space, []
+    space = description.space
+    notes: list[str] = []
     baselines = description.baselines
     if timing:
         space, notes = executable_space(description)
@@ -55,11 +58,8 @@ def make_plan(
         if (table := description.exact.get(c.metric)) is not None
         for budget in [_budget(table, c, space)]
     ]
-    quality = tuple(
-        o.metric
-        for o in objectives
-        if o.metric not in description.exact and o.metric not in description.timing
-    )
+    known = {*description.exact, *description.timing}
+    quality = tuple(dict.fromkeys(m for m in named if m not in known))
     return Plan(space.with_constraints(budgets), baselines, quality, timing, tuple(notes))
 
 
@@ -127,9 +127,7 @@ def make_problem(
     if "sensitivity" in profiles:
         for metric in plan.quality:
             smaller_is_better = description.metrics.get(metric, True)
-            tables[metric] = _as_quality(
-                _within(profiles["sensitivity"], plan.space), metric, smaller_is_better
-            )
+            tables[metric] = _as_quality(profiles["sensitivity"], plan.space, metric, smaller_is_better)
     baselines = tuple(b for b in plan.baselines if not plan.space.violations(b))
     can_profile = "neighbourhood" in description.profiles and "kl" in plan.quality
     return Problem(
@@ -150,19 +148,32 @@ def _within(table: AdditiveTable, space: SearchSpace) -> AdditiveTable:
     return AdditiveTable(table.metric, table.base, keep(table.costs), keep(table.stderr), table.exact)
 
 
-def _as_quality(table: AdditiveTable, metric: str, smaller_is_better: bool) -> AdditiveTable:
-    """Sensitivities (a loss) in the metric's own direction; made monotone along ordered options.
+def _as_quality(
+    sensitivity: AdditiveTable, space: SearchSpace, metric: str, smaller_is_better: bool
+) -> AdditiveTable:
+    """Sensitivities (a loss) in the metric's own direction, without differences that are only noise.
 
-    A larger format can't truly hurt quality; where a noisy estimate says so, it takes the value of the
-    next smaller one (isotonic from the costly end would hide real losses, so the minimum is carried).
+    Along ordered options (smallest storage first) an option that seems to hurt more than a smaller one, but
+    within ``NOISE_SIGMA`` of their errors, takes the smaller one's cost: noise must not make a searcher pay
+    for storage or shun it. A clear difference stays: per-row 4 bits can lose to grouped 3 bits.
     """
+    table = _within(sensitivity, space)
     sign = 1.0 if smaller_is_better else -1.0
     costs = {}
     for name, row in table.costs.items():
-        best, fixed = math.inf, {}
-        for option, cost in row.items():
-            best = min(best, max(0.0, cost))
-            fixed[option] = sign * best
-        costs[name] = fixed
-    base = 0.0 if smaller_is_better else 1.0
-    return AdditiveTable(metric, base, costs, table.stderr)
+        fixed = {o: max(0.0, cost) for o, cost in row.items()}
+        domain = space.by_name[name].domain
+        if isinstance(domain, Choice) and domain.ordered:
+            fixed = _without_noise(fixed, table.stderr.get(name, {}))
+        costs[name] = {o: sign * cost for o, cost in fixed.items()}
+    return AdditiveTable(metric, 0.0 if smaller_is_better else 1.0, costs, table.stderr)
+
+
+def _without_noise(row: Mapping[Value, float], stderr: Mapping[Value, float]) -> dict[Value, float]:
+    best, error, fixed = math.inf, 0.0, {}
+    for option, cost in row.items():
+        own = stderr.get(option, 0.0)
+        if cost <= best:
+            best, error = cost, own
+        fixed[option] = best if cost - best <= NOISE_SIGMA * math.hypot(own, error) else cost
+    return fixed

@@ -17,7 +17,7 @@ import numpy as np
 
 from autocomp import report
 from autocomp.objective import Objective
-from autocomp.pareto import FrontPoint, ParetoFront, non_dominated
+from autocomp.pareto import FrontPoint, ParetoFront
 from autocomp.trial import Trial
 
 if TYPE_CHECKING:
@@ -63,11 +63,19 @@ class Axis:
 
 
 def _axis(objective: Objective, points: Sequence[FrontPoint]) -> Axis:
+    """Logarithmic when the positive values span far and none is negative.
+
+    The uncompressed model's divergence is exactly 0, which would cost every such plot its logarithms: zeros
+    are drawn a little below the smallest positive value, and the axis says so.
+    """
     metric = objective.metric
     values = [p.trial.value(metric) for p in points]
-    log = bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_RATIO
-    arrow = "lower is better" if objective.minimize else "higher is better"
-    return Axis(f"{metric} ({arrow})", lambda t: t.value(metric), lambda t: t.stderr(metric), log)
+    positive = [v for v in values if v > 0]
+    log = bool(positive) and min(values) >= 0 and max(positive) / min(positive) > _LOG_RATIO
+    floor = min(positive) / 3 if log and 0.0 in values else 0.0
+    note = "lower is better" if objective.minimize else "higher is better"
+    note += f"; 0 is drawn at {floor:.1g}" * (floor > 0)
+    return Axis(f"{metric} ({note})", lambda t: t.value(metric) or floor, lambda t: t.stderr(metric), log)
 
 
 def panels(front: ParetoFront) -> list[tuple[Axis, Axis]]:
@@ -81,19 +89,13 @@ def panels(front: ParetoFront) -> list[tuple[Axis, Axis]]:
     return [(other, first) for other in rest]
 
 
-def _staircase(front: ParetoFront) -> tuple[list[float], list[float]]:
-    """The best ``y`` reached at each ``x``, of the front's points by value; two objectives only."""
+def _staircase(front: ParetoFront, x: Axis, y: Axis) -> tuple[list[float], list[float]]:
+    """Corners of the line through the points that are on the front by value; two objectives only."""
     if len(front.objectives) != 2:
         return [], []
-    y, x = front.objectives
     trials = [p.trial for p in front.points if p.label == "front"]
-    losses = np.array([[x.loss(t.value(x.metric)), y.loss(t.value(y.metric))] for t in trials])
-    if not len(losses):
-        return [], []
-    losses = losses[non_dominated(losses)]
-    losses = losses[np.argsort(losses[:, 0])]
-    # Between two points the worse of both: hold y until the next x is paid for.
-    return [x.loss(v) for v in losses[:, 0]], [y.loss(v) for v in losses[:, 1]]
+    trials.sort(key=lambda t: front.objectives[1].loss(t.value(front.objectives[1].metric)))
+    return [x.value(t) for t in trials], [y.value(t) for t in trials]
 
 
 def _hover(point: FrontPoint) -> str:
@@ -135,7 +137,7 @@ def front_page(front: ParetoFront, selected: Trial | None = None) -> Page:
 def _traces(front: ParetoFront, x: Axis, y: Axis, selected: Trial | None, legend: bool) -> list[Any]:
     from plotly.graph_objects import Scatter
 
-    xs, ys = _staircase(front)
+    xs, ys = _staircase(front, x, y)
     line = {"shape": "hv", "color": "#1a73e8", "width": 1}
     traces = [Scatter(x=xs, y=ys, mode="lines", line=line, hoverinfo="skip", showlegend=False)] if xs else []
     for layer in LAYERS:
@@ -224,7 +226,7 @@ def front_png(front: ParetoFront, path: str | Path, selected: Trial | None = Non
 
 
 def _draw(ax: Axes, front: ParetoFront, x: Axis, y: Axis, selected: Trial | None) -> None:
-    xs, ys = _staircase(front)
+    xs, ys = _staircase(front, x, y)
     if xs:
         ax.step(xs, ys, where="post", color="#1a73e8", linewidth=1, alpha=0.6)
     for depth, layer in enumerate(LAYERS, start=2):

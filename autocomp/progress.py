@@ -77,19 +77,20 @@ class PlainDisplay(SilentDisplay):
     def __init__(self, period: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._period, self._clock = period, clock
         self._next = clock()
+        self._done = -1
 
     def __call__(self, event: Event) -> None:
         if event.kind == "trial" and event.trial is not None and not event.trial.ok:
             logger.warning("%s", event.text)
         elif event.kind != "trial":
             logger.info("%s", event.text)
-        elif self._clock() >= self._next or event.done == event.total:
+        elif self._clock() >= self._next or self._done < event.done == event.total:
             self._next = self._clock() + self._period
-            parts = [
-                f"{event.done}/{event.total} trials", best_text(event.best), f"{event.busy} busy",
-                f"{duration_text(event.eta_s)} left", event.text,
-            ]  # fmt: skip
+            left = "" if event.eta_s is None else f"{duration_text(event.eta_s)} left"
+            counts = f"{event.done}/{event.total} trials"
+            parts = [counts, best_text(event.best), f"{event.busy} busy", left, event.text]
             logger.info("%s", "; ".join(p for p in parts if p))
+        self._done = event.done
 
 
 class LiveDisplay:

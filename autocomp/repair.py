@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from autocomp.space import (
     LinearBudget,
     Ordered,
     SearchSpace,
+    SpaceConstraint,
     SumTo,
     Tied,
     Value,
@@ -35,8 +38,10 @@ def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) 
         elif d.name not in values or not d.domain.contains(value):
             values[d.name] = d.domain.sample(rng)
     # Ties before distinctness: a decision may stand in both kinds.
+    ties = [Tied(names) for names in moving_groups(space) if len(names) > 1]
     for kind in (Ordered, SumTo, Tied, AtMostDistinct, Tied):
-        for constraint in space.constraints:
+        among: Sequence[SpaceConstraint] = ties if kind is Tied else space.constraints
+        for constraint in among:
             if isinstance(constraint, kind):
                 _REPAIRS[kind](constraint, values, rng, space)
     for constraint in space.constraints:
@@ -83,13 +88,14 @@ def _repair_distinct(c: AtMostDistinct, values: Values, rng: np.random.Generator
     if len(counts) <= c.k:
         return
     kept = [value for value, _ in counts.most_common(c.k)]
+    group_of = {n: group for group in moving_groups(space) for n in group}
     for n in c.names:
         if values[n] in kept:
             continue
-        domain = space.by_name[n].domain
-        allowed = [v for v in kept if domain.contains(v)]
+        partners = group_of[n]  # tied decisions come along, or the next repair of ties would undo this
+        allowed = [v for v in kept if all(space.by_name[m].domain.contains(v) for m in partners)]
         if allowed:
-            values[n] = _nearest(domain, values[n], allowed)
+            values.update(dict.fromkeys(partners, _nearest(space.by_name[n].domain, values[n], allowed)))
 
 
 def _nearest(domain: Choice | Interval, value: Value, allowed: list[Value]) -> Value:
@@ -98,7 +104,7 @@ def _nearest(domain: Choice | Interval, value: Value, allowed: list[Value]) -> V
     return min(allowed, key=lambda v: abs(float(v or 0) - float(value or 0)))
 
 
-_REPAIRS = {
+_REPAIRS: dict[type, Callable[[Any, Values, np.random.Generator, SearchSpace], None]] = {
     Ordered: _repair_order,
     SumTo: _repair_sum,
     Tied: _repair_tied,
@@ -107,10 +113,17 @@ _REPAIRS = {
 
 
 def moving_groups(space: SearchSpace) -> list[tuple[str, ...]]:
-    """Names that must change together: each tied group once, every other decision alone."""
-    groups = [c.names for c in space.constraints if isinstance(c, Tied)]
-    tied = {n for g in groups for n in g}
-    return groups + [(d.name,) for d in space.decisions if d.name not in tied]
+    """Names that must change together: tied groups (joined where they share a name), others alone."""
+    joined: list[dict[str, None]] = []
+    for c in space.constraints:
+        if isinstance(c, Tied):
+            group = dict.fromkeys(c.names)
+            for other in [g for g in joined if g.keys() & group.keys()]:
+                joined.remove(other)
+                group = {**other, **group}
+            joined.append(group)
+    tied = {n for g in joined for n in g}
+    return [tuple(g) for g in joined if g] + [(d.name,) for d in space.decisions if d.name not in tied]
 
 
 def _repair_budget(c: LinearBudget, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:
@@ -132,8 +145,33 @@ def _repair_budget(c: LinearBudget, values: Values, rng: np.random.Generator, sp
             total, moved = total - saved, True
             if total <= c.upper:
                 return
+        if not moved and (saved := _cheaper_together(c, values, space, structural)) > 0:
+            total, moved = total - saved, True
         if not moved:
             return
+
+
+def _cheaper_together(
+    c: LinearBudget, values: Values, space: SearchSpace, structural: list[AtMostDistinct]
+) -> float:
+    """Move all decisions of a distinctness constraint to one cheaper option; returns what that saves.
+
+    Where few values are allowed no single move may be left, though all together could go down. Decisions
+    tied to a member come along.
+    """
+    for limit in structural:
+        members = {n for g in moving_groups(space) if set(g) & set(limit.names) for n in g}
+        now = sum(c.table.cost(n, values[n]) for n in members)
+        shared = [o for o in space.by_name[limit.names[0]].options
+                  if all(space.by_name[n].domain.contains(o) for n in members)]  # fmt: skip
+        costs = {o: sum(c.table.cost(n, o) for n in members) for o in shared}
+        option = min(costs, key=lambda o: costs[o], default=None)
+        if costs and costs[option] < now:
+            after = {**values, **dict.fromkeys(members, option)}
+            if all(k.violation(after) <= k.violation(values) for k in structural):
+                values.update(after)
+                return now - costs[option]
+    return 0.0
 
 
 def _cheaper_moves(

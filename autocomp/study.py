@@ -371,11 +371,15 @@ class Study:
         item = WorkItem(
             id=f"{level.name}/{candidate.fingerprint}",
             method="measure",
-            kwargs={"candidate": candidate.to_json(), "fidelity": asdict(level)},
+            kwargs={"candidate": candidate.to_json(), "fidelity": asdict(self._timed(level))},
             timeout_s=self.job.executor.timeout_s,
         )
         self._under_way[item.id] = (candidate, level, origin)
         self.executor.submit(item)
+
+    def _timed(self, level: Fidelity) -> Fidelity:
+        """Latency is measured only where an objective or a constraint asks for it."""
+        return replace(level, timing=bool(self.plan.timing))
 
     def _pending(self) -> list[Candidate]:
         return [candidate for candidate, _, _ in self._under_way.values()]

@@ -13,21 +13,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from autocomp.description import Description
 from autocomp.errors import CapabilityError, ExportError
+from autocomp.export.base import Exporter
 from autocomp.job import Job
 from autocomp.measure import device as devices
-from autocomp.measure.quiet import computing, timing
+from autocomp.measure.quiet import computing, default_path, timing
 from autocomp.predictors import sensitivity
+from autocomp.predictors.grams import GramStore
 from autocomp.profile import ProfileRequest, ProfileResult
 from autocomp.quantize.bank import LayerBank, default_folder
 from autocomp.registry import EXPORTERS, SPACES, WORKLOADS
-from autocomp.search_spaces.base import Part, Resources, Space
+from autocomp.search_spaces.base import Part, Space, exact_tables
 from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, Value
 from autocomp.trial import Estimate, Fidelity, Measurement
 from autocomp.workloads.base import Built, Workload
@@ -66,7 +70,7 @@ class ModelWorker:
         state["bank"] = LayerBank(folder=default_folder())
         if hasattr(self.workload, "inputs"):
             ids = self.workload.inputs(self.built, "calibration", self._calibration_size())
-            state["hessian"] = sensitivity.GramStore(self.built, ids)
+            state["hessian"] = GramStore(self.built, ids)
             state["calibration"] = f"{site.fingerprint}:{_ids_hash(ids)}"
 
     def _calibration_size(self) -> int:
@@ -84,14 +88,14 @@ class ModelWorker:
             for s in self.spaces
             for d in self.decisions[s.name]
         }
-        space = self._search_space()
+        space, exact = self._search_space, exact_tables(self.built.site, resources)
         metrics = {**self.workload.quality_metrics, **dict.fromkeys(self.workload.timing_metrics, True)}
-        metrics |= {"memory_mb": True, "avg_bits": True}
+        metrics |= dict.fromkeys(exact, True)
         return Description(
             site=self.built.site,
             space=space,
             baselines=tuple(self._baselines(space)),
-            exact=_exact_tables(self.built.site, resources),
+            exact=exact,
             resources=resources,
             metrics=metrics,
             timing=tuple(self.workload.timing_metrics),
@@ -104,6 +108,7 @@ class ModelWorker:
         able = hasattr(self.workload, "divergence") and all(hasattr(s, "move") for s in self.spaces)
         return ("neighbourhood",) if able else ()
 
+    @cached_property
     def _search_space(self) -> SearchSpace:
         decisions = [d for s in self.spaces for d in self.decisions[s.name]]
         constraints = [c for s in self.spaces for c in s.constraints(self.built.site, self.decisions[s.name])]
@@ -114,19 +119,23 @@ class ModelWorker:
         neutral = self._neutral()
         yield neutral
         for s in self.spaces:
-            for part in s.baselines(self.decisions[s.name]):
+            for part in s.baselines(self.built.site, self.decisions[s.name]):
                 candidate = neutral.replace(part.values)
                 if candidate != neutral and not space.violations(candidate):
                     yield candidate
 
     def _neutral(self) -> Candidate:
         """Every decision at its neutral option, or at its largest where the neutral one is not offered."""
-        values: dict[str, Value] = {}
-        for s in self.spaces:
-            for d in self.decisions[s.name]:
-                neutral = s.neutral(d)
-                values[d.name] = neutral if d.domain.contains(neutral) else d.options[-1]
-        return Candidate.of(values)
+        by_name, whole = self._search_space.by_name, self._uncompressed.values
+        offered = {
+            n: v if by_name[n].domain.contains(v) else by_name[n].options[-1] for n, v in whole.items()
+        }
+        return Candidate.of(offered)
+
+    @cached_property
+    def _uncompressed(self) -> Candidate:
+        """Every decision at its neutral option, be it offered or not: what costs are counted from."""
+        return Candidate.of({d.name: s.neutral(d) for s in self.spaces for d in self.decisions[s.name]})
 
     def _timing_threads(self) -> int:
         scenario = self.job.workload.get("scenario", {})
@@ -169,19 +178,22 @@ class ModelWorker:
         return sensitivity.measured_sensitivity(mine_decisions, self._single_change)
 
     def _delta(self, part: Part, option: Value) -> torch.Tensor | None:
-        return self._move(part, self._neutral()[self._decision_of(part).name], option)
+        return self._move(part, self._uncompressed[self._decision_of[part.path].name], option)
 
     def _move(self, part: Part, here: Value, there: Value) -> torch.Tensor | None:
+        owner = self._decision_of[part.path].space
         for s in self.spaces:
-            if hasattr(s, "move") and any(part.path in d.sites for d in self.decisions[s.name]):
+            if hasattr(s, "move") and s.name == owner:
                 found: torch.Tensor | None = s.move(self.built, part, here, there)
                 return found
         raise CapabilityError(
             f"no space gives weight changes for {part.path}; use sensitivity.method: measured"
         )
 
-    def _decision_of(self, part: Part) -> Decision:
-        return next(d for row in self.decisions.values() for d in row if part.path in d.sites)
+    @cached_property
+    def _decision_of(self) -> Mapping[str, Decision]:
+        """Path of a part -> the decision that changes it."""
+        return {path: d for row in self.decisions.values() for d in row for path in d.sites}
 
     def _neighbourhood(self, request: ProfileRequest, candidate: Candidate) -> ProfileResult:
         """Costs of leaving ``candidate``, from this shard's calibration sequences."""
@@ -199,13 +211,13 @@ class ModelWorker:
             self._move,
             lambda logits, index: workload.divergence(self.built, "calibration", logits, index),
             positions=positions,
+            folds=max(1, 2 // request.shards),
         )
 
     def _single_change(self, name: str, option: Value) -> tuple[float, int]:
-        neutral = self._neutral()
         fidelity = Fidelity("sensitivity", "calibration", self._calibration_size(), timing=False)
         self._ensure_teacher(fidelity)
-        self._apply(neutral.replace({name: option}), serving=False)
+        self._apply(self._uncompressed.replace({name: option}), serving=False)
         metrics, _ = self.workload.score(self.built, fidelity)
         return metrics["kl"].value, metrics["kl"].n
 
@@ -217,10 +229,12 @@ class ModelWorker:
 
         started = time.perf_counter()
         rows: dict[str, dict[Value, tuple[int, float, float]]] = {}
+        dtype = self.built.model.dtype
+        assert isinstance(dtype, torch.dtype)
         with timing(self.lock), cpu_threads(self._timing_threads()):
             for key in keys[request.shard :: request.shards]:
                 for metric, tokens in metrics.items():
-                    found = time_op(key, tokens, self.built.model.dtype, self.device)
+                    found = time_op(key, tokens, dtype, self.device)
                     n, m, s = found.n, found.median_ms, found.stderr_ms
                     rows.setdefault(key, {})[metric] = (n, n * m, n * (m * m + (n - 1) * s * s))
         return ProfileResult(request.kind, rows, time.perf_counter() - started)
@@ -236,7 +250,7 @@ class ModelWorker:
         """
         started = time.perf_counter()
         wanted, level = Candidate.of(candidate), Fidelity(**fidelity)
-        self._search_space().check(wanted)
+        self._search_space.check(wanted)
         with computing(self.lock):
             self._ensure_teacher(level)
             self._apply(wanted, serving=False)
@@ -259,9 +273,11 @@ class ModelWorker:
         )
 
     def _exact(self, candidate: Candidate) -> dict[str, Estimate]:
-        if not hasattr(self, "_tables"):
-            self._tables = Description.from_json(self.describe()).exact
         return {m: Estimate(t.total(candidate)) for m, t in self._tables.items()}
+
+    @cached_property
+    def _tables(self) -> Mapping[str, AdditiveTable]:
+        return Description.from_json(self.describe()).exact
 
     def _unexecutable(self, candidate: Candidate) -> list[str]:
         kind = self.device.split(":")[0]
@@ -304,43 +320,37 @@ class ModelWorker:
     # -- export -----------------------------------------------------------------------------------
 
     def export(self, candidate: Mapping[str, Value], format: str, out: str) -> dict[str, Any]:
-        """Write a candidate to a folder. Raises ``ExportError`` with every reason when it can't be."""
-        wanted = Candidate.of(candidate)
-        self._search_space().check(wanted)
+        """Write a candidate to a folder.
+
+        Raises:
+            SpaceError: the candidate is not in the space.
+            ExportError: the format can't hold it (with every reason), ``out`` is not an empty or new folder,
+                or it can't be written to.
+        """
+        wanted = self._search_space.check(Candidate.of(candidate))
         exporter = EXPORTERS.get(format)()
         reasons = exporter.supports(self, wanted)
         if reasons:
             raise ExportError(f"format {format!r} can't hold this candidate: " + "; ".join(reasons))
-        target = Path(out)
-        if target.exists() and any(target.iterdir()):
-            raise ExportError(f"{out!r} is not empty; choose a new folder")
+        target = Path(out).expanduser()
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ExportError(f"{out!r} is not an empty folder; choose a new one")
+        try:
+            with computing(self.lock):
+                self._write(exporter, wanted, target)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"can't write the export to {out!r}: {error}") from error
+        return {"folder": str(target), "format": format}
+
+    def _write(self, exporter: Exporter, candidate: Candidate, target: Path) -> None:
         # Written beside the target and renamed, so that a crash never leaves half an export behind.
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".autocomp-") as temporary:
             folder = Path(temporary) / "export"
             folder.mkdir()
             self._restore()
-            exporter.export(self, wanted, folder)
-            if target.exists():
-                target.rmdir()
-            folder.rename(target)
-        return {"folder": out, "format": format}
-
-
-def _exact_tables(site: Any, resources: Mapping[str, Mapping[Value, Resources]]) -> dict[str, AdditiveTable]:
-    """``memory_mb``: bytes of all weights; ``avg_bits``: mean code bits of the searched weights."""
-    memory = {d: {o: r.metrics["memory_mb"] for o, r in row.items()} for d, row in resources.items()}
-    bits = {d: {o: r.metrics.get("code_bits", 0.0) for o, r in row.items()} for d, row in resources.items()}
-    weights = sum(next(iter(row.values())).metrics.get("weights", 0.0) for row in resources.values())
-    searched = sum(
-        next(iter(row.values())).metrics.get("weights", 0.0) * site.itemsize for row in resources.values()
-    )
-    whole = site.other_bytes + sum(p.numel * site.itemsize for p in site.parts if not p.shared_with)
-    tables = {"memory_mb": AdditiveTable("memory_mb", (whole - searched) / 1e6, memory, exact=True)}
-    if weights:
-        per_weight = {d: {o: b / weights for o, b in row.items()} for d, row in bits.items()}
-        tables["avg_bits"] = AdditiveTable("avg_bits", 0.0, per_weight, exact=True)
-    return tables
+            exporter.export(self, candidate, folder)
+            folder.rename(target)  # an empty folder there is replaced
 
 
 def _check_finite(metrics: Mapping[str, Estimate]) -> None:
@@ -368,9 +378,10 @@ def _device(wanted: str) -> str:
 
 
 def _lock_path(device: str) -> Path:
-    """One lock a machine and device: workers of different runs must not disturb each other's timings."""
-    name = f"autocomp-{os.getuid()}-{device.replace(':', '')}.lock"
-    return Path(tempfile.gettempdir()) / name
+    """One lock a device of this machine: workers of different runs must not disturb each other's timings."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device.startswith("cuda") else ""
+    path = default_path()
+    return path.with_name("-".join(filter(None, [path.name, device.replace(":", ""), visible])))
 
 
 def _ids_hash(ids: torch.Tensor) -> str:
@@ -382,4 +393,7 @@ def _ids_hash(ids: torch.Tensor) -> str:
 @contextmanager
 def open_worker(job: Job, threads: int = 0) -> Iterator[ModelWorker]:
     """A worker in this process, for one-off measuring and export."""
-    yield ModelWorker(job.resolved(), threads or (os.cpu_count() or 1))
+    try:
+        yield ModelWorker(job.resolved(), threads or (os.cpu_count() or 1))
+    finally:
+        gc.unfreeze()  # this process lives on

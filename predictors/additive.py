@@ -67,6 +67,8 @@ class AdditivePredictor:
         for _ in range(3):
             self._covariance = np.asarray(np.linalg.inv(prior + design.T @ design / noise**2), np.float64)
             self._weights = self._covariance @ (design.T @ residual) / noise**2
+            # The table's order is kept: what ranks backwards is for an audit to say, not for a fit to turn.
+            self._weights[1] = max(float(self._weights[1]), -0.95)
             errors = residual - design @ self._weights
             guess = (self.spread * self._unit) ** 2
             noise = math.sqrt((2.0 * guess + float(errors @ errors)) / (2.0 + len(x)))

@@ -7,6 +7,7 @@ Study and residual predictor correct the sum by measured end-to-end samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from autocomp.description import Description
@@ -40,7 +41,7 @@ def latency_table(
     errors: dict[str, dict[Value, float]] = {}
     for name, row in description.resources.items():
         for option, resources in row.items():
-            if not resources.executes or not all(op in times.rows for op in resources.ops):
+            if not resources.executes or not all(metric in times.rows.get(op, {}) for op in resources.ops):
                 continue
             moments = [(n, times.rows[op][metric]) for op, n in resources.ops.items()]
             costs.setdefault(name, {})[option] = sum(n * mean(m) for n, m in moments)
@@ -51,8 +52,11 @@ def latency_table(
 
 
 def rebase(table: AdditiveTable, description: Description, measured: float) -> AdditiveTable:
-    """The same table with its base set so that the uncompressed baseline has its measured value."""
+    """The same table with its base set so that the first baseline has its measured value; unchanged where
+    that baseline has an option without a time."""
     overhead = measured - (table.total(description.baselines[0]) - table.base)
+    if not math.isfinite(overhead):
+        return table
     return AdditiveTable(table.metric, overhead, table.costs, table.stderr)
 
 

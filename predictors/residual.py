@@ -91,6 +91,7 @@ class ResidualPredictor:
         self._unit, self._offset, self._center = 1.0, 0.0, 0.0
         self._factor: Floats | None = None
         self._weights = np.zeros(0)
+        self._likelihood = -math.inf
         self._inputs: _Inputs | None = None
 
     def _starts_positive(self) -> bool:
@@ -113,17 +114,30 @@ class ResidualPredictor:
         used, totals = [t for t, k in zip(used, known, strict=True) if k], totals[known]
         if not used:
             return self
+        positive = all(t.value(self.metric) > 0 for t in used) and (self.table is None or np.all(totals > 0))
+        self._learn(used, totals, log=bool(positive))
+        if positive and self.table is None and len(used) > 2:
+            self._keep_better_link(used, totals)
+        return self
+
+    def _learn(self, used: list[Trial], totals: Floats, log: bool) -> None:
         values = np.array([t.value(self.metric) for t in used])
-        self._log = bool(np.all(values > 0) and (self.table is None or np.all(totals > 0)))
-        y = np.log(values) if self._log else values
+        self._log, self._used = log, used
+        y = np.log(values) if log else values
         self._set_units(y, totals)
         errors = np.array([t.stderr(self.metric) for t in used])
-        errors = np.nan_to_num(errors / (values if self._log else 1.0)) / self._unit
-        self._used = used
+        errors = np.nan_to_num(errors / (values if log else 1.0)) / self._unit
         inputs = self._encode([t.candidate for t in used], totals)
-        target = (y - self._prior_mean(totals)) / self._unit
-        self._condition(inputs, target, errors**2)
-        return self
+        self._condition(inputs, (y - self._prior_mean(totals)) / self._unit, errors**2)
+
+    def _keep_better_link(self, used: list[Trial], totals: Floats) -> None:
+        """Without a table nothing says whether effects multiply or add; the likelihood of ``y`` does."""
+        n = min(len(used), _TUNED_ON)  # as many trials as the likelihood is of
+        logs = n * float(np.mean([math.log(t.value(self.metric)) for t in used]))
+        multiply = self._likelihood - n * math.log(self._unit) - logs
+        self._learn(used, totals, log=False)
+        if self._likelihood - n * math.log(self._unit) < multiply:
+            self._learn(used, totals, log=True)
 
     def _knows(self, candidate: Candidate) -> bool:
         """False for a candidate outside the space (a baseline that was measured for comparison)."""
@@ -151,7 +165,7 @@ class ResidualPredictor:
         subset = np.arange(len(target))
         if len(subset) > _TUNED_ON:
             subset = np.linspace(0, len(target) - 1, _TUNED_ON).astype(np.intp)
-        self.scales = _tune(inputs[subset], target[subset], errors[subset], self.kind)
+        self.scales, self._likelihood = _tune(inputs[subset], target[subset], errors[subset], self.kind)
         kernel = _kernel(inputs, inputs, self.scales)
         kernel[np.diag_indices_from(kernel)] += self.scales.noise**2 + errors
         self._factor = cholesky(kernel, lower=True)
@@ -279,8 +293,8 @@ def _kernel_diagonal(a: _Inputs, scales: Scales) -> Floats:
     return np.asarray(diagonal + scales.smooth**2)
 
 
-def _tune(inputs: _Inputs, target: Floats, errors: Floats, kind: Kind) -> Scales:
-    """Scales of the largest marginal likelihood, with a mild prior towards the defaults."""
+def _tune(inputs: _Inputs, target: Floats, errors: Floats, kind: Kind) -> tuple[Scales, float]:
+    """Scales of the largest marginal likelihood (a mild prior pulls to the defaults), and its logarithm."""
     line = inputs.line @ inputs.line.T
     effects = inputs.effects @ inputs.effects.T
     smooths = [(0.0, 0.5)] if kind == "ridge" else [(s, n) for s in (0.1, 0.4) for n in (0.25, 0.8)]
@@ -296,4 +310,4 @@ def _tune(inputs: _Inputs, target: Floats, errors: Floats, kind: Kind) -> Scales
             likelihood -= 0.5 * math.log(effect / 0.3) ** 2 + 0.25 * math.log(noise / 0.1) ** 2
             if likelihood > score:
                 best, score = Scales(effect, noise, smooth, length), likelihood
-    return best
+    return best, score

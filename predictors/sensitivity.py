@@ -6,7 +6,8 @@ nats a token where the method allows it, else in the method's own unit (only the
 - ``fisher``: half of sum(g^2 * dW^2): second-order Taylor term with the empirical diagonal Fisher as Hessian.
   ``g`` is the gradient of a sequence's summed loss.
 - ``first_order``: |sum(g * dW)| of the averaged gradient (LLM-MQ, section 3.2).
-- ``activation``: ||X dW'||^2 / ||X W'||^2, the relative output error on calibration activations.
+- ``activation``: ||X dW'||^2 / ||X W'||^2, the relative output error on calibration activations (of an
+  embedding: of the rows that calibration tokens look up).
 - ``measured``: KL of the model with this one change.
 - ``neighbourhood``: change of the KL when one decision leaves a given candidate: the first-order term of the
   KL's own gradient at that candidate plus the Fisher second-order term. At an operating point the gradient
@@ -36,6 +37,9 @@ METHODS = (*GRADIENT_METHODS, "activation", "measured")
 Delta = Callable[[Part, Value], torch.Tensor | None]
 """Change of a part's weight under an option, float32 ``[out, in]``; ``None`` for no change."""
 
+Move = Callable[[Part, Value, Value], torch.Tensor | None]
+"""The same from one option to another."""
+
 Rows = dict[str, dict[Value, Moments]]
 
 
@@ -52,19 +56,23 @@ def gradient_sensitivity(
 
     Args:
         built: the model in its original state.
-        sequences: ``[n, L]`` token ids; split into ``folds`` groups whose spread gives the noise.
+        sequences: ``[n, L]`` token ids; dealt out to ``folds`` groups whose spread gives the noise.
         decisions: every part named in ``sites`` must be a weight of its own or borrow one.
         delta: weight change of (part, option).
 
     Returns:
-        One sample a fold for each (decision, option).
+        One sample a fold for each (decision, option); none without sequences.
+
+    Raises:
+        SpaceError: ``method`` is not one of ``GRADIENT_METHODS``.
     """
     if method not in GRADIENT_METHODS:
         raise SpaceError(f"{method!r} is no gradient method; use one of {GRADIENT_METHODS}")
     started = time.perf_counter()
     rows: Rows = {d.name: {} for d in decisions}
     parts = _owned_parts(built, decisions)
-    for fold in sequences.chunk(min(folds, len(sequences))):
+    for indices in _dealt(len(sequences), folds):
+        fold = sequences[indices]
         sums = _accumulate(built, fold, parts, squared=method == "fisher")
         scale = 0.5 / fold.numel() if method == "fisher" else 1.0 / fold.numel()
         for decision in decisions:
@@ -72,6 +80,13 @@ def gradient_sensitivity(
                 cost = scale * _decision_cost(decision, option, parts, sums, delta, method)
                 _add(rows[decision.name], option, cost)
     return ProfileResult(f"sensitivity:{method}", rows, time.perf_counter() - started)
+
+
+def _dealt(count: int, folds: int) -> Iterator[list[int]]:
+    """Every ``folds``-th of ``count`` positions, for each start that has any.
+
+    Dealt out like the shards of a profile, so that all shards together have the folds of one."""
+    return (list(range(start, count, folds)) for start in range(min(folds, count)))
 
 
 def _owned_parts(built: Built, decisions: Iterable[Decision]) -> dict[str, Part]:
@@ -89,9 +104,8 @@ def _decision_cost(
 ) -> float:
     total = 0.0
     for path in decision.sites:
-        if path not in parts:
-            continue
-        change = delta(parts[path], option)
+        # A weight that no sequence reached (an expert without tokens) has no gradient, hence no cost.
+        change = delta(parts[path], option) if path in parts and path in sums else None
         if change is not None:
             change = change.to(sums[path].device)
             term = change.square_() if method == "fisher" else change
@@ -125,7 +139,7 @@ def _gradients(built: Built, parts: Mapping[str, Part]) -> Iterator[_Backward]:
     weight's gradient beyond the sums. Flags and gradients of the model are as before at the end.
     """
     weights = {path: _weight(built, path) for path in parts}
-    flags = {p: p.requires_grad for p in built.model.parameters()}
+    before = {p: (p.requires_grad, p.grad) for p in built.model.parameters()}
     target: dict[str, torch.Tensor] = {}
     squares = False
 
@@ -147,8 +161,9 @@ def _gradients(built: Built, parts: Mapping[str, Part]) -> Iterator[_Backward]:
         torch.autograd.backward(loss, inputs=list(weights.values()), retain_graph=retain)
 
     handles = []
-    for parameter in flags:
+    for parameter in before:
         parameter.requires_grad_(False)
+        parameter.grad = None
     for path, weight in weights.items():
         weight.requires_grad_(True)
         handles.append(weight.register_post_accumulate_grad_hook(collector(path)))
@@ -157,9 +172,9 @@ def _gradients(built: Built, parts: Mapping[str, Part]) -> Iterator[_Backward]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in flags.items():
+        for parameter, (flag, gradient) in before.items():
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 def neighbourhood_sensitivity(
@@ -167,7 +182,7 @@ def neighbourhood_sensitivity(
     sequences: torch.Tensor,
     decisions: Sequence[Decision],
     current: Mapping[str, Value],
-    move: Callable[[Part, Value, Value], torch.Tensor | None],
+    move: Move,
     divergence: Callable[[torch.Tensor, int], torch.Tensor],
     *,
     positions: Sequence[int],
@@ -189,36 +204,51 @@ def neighbourhood_sensitivity(
         One sample a fold for each (decision, option); the row ``BASE`` holds the KL itself.
     """
     started = time.perf_counter()
-    rows: Rows = {d.name: {} for d in decisions} | {BASE: {}}
+    rows: Rows = {name: {} for name in (BASE, *(d.name for d in decisions))}
     parts = _owned_parts(built, decisions)
-    chunks = torch.arange(len(sequences)).chunk(min(folds, len(sequences)))
-    for chunk in chunks:
+    for fold in _dealt(len(sequences), folds):
         first: dict[str, torch.Tensor] = {}
         second: dict[str, torch.Tensor] = {}
         total = 0.0
         with _gradients(built, parts) as backward:
-            for i in chunk.tolist():
+            for i in fold:
                 ids = sequences[i : i + 1].to(built.device)
                 logits = built.model(input_ids=ids, use_cache=False).logits
                 kl = divergence(logits, positions[i])
                 total += float(kl.detach())
                 backward(kl, first, squared=False, retain=True)
                 backward(_next_token_loss(logits, ids), second, squared=True)
-        tokens = len(chunk) * sequences.shape[1]
+        tokens = len(fold) * sequences.shape[1]
         _add(rows[BASE], "kl", total / tokens)
-        gradients = {p: _as_rows(built, p, g) for p, g in first.items()}
-        fisher = {p: _as_rows(built, p, g) for p, g in second.items()}
+        slopes = {
+            path: (_as_rows(built, path, gradient), _as_rows(built, path, second[path]))
+            for path, gradient in first.items()
+        }
         for decision in decisions:
             here = current[decision.name]
             for option in decision.options:
-                cost = 0.0
-                for path in decision.sites:
-                    change = move(parts[path], here, option) if path in parts and option != here else None
-                    if change is not None:
-                        cost += float((gradients[path] * change).sum())
-                        cost += 0.5 * float((fisher[path] * change.square_()).sum())
+                cost = _leaving_cost(decision, parts, slopes, move, (here, option))
                 _add(rows[decision.name], option, cost / tokens)
     return ProfileResult("neighbourhood", rows, time.perf_counter() - started)
+
+
+def _leaving_cost(
+    decision: Decision,
+    parts: Mapping[str, Part],
+    slopes: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    move: Move,
+    options: tuple[Value, Value],
+) -> float:
+    """Sum over the decision's weights of g * dW + h * dW^2 / 2 from one option to the other; ``slopes``:
+    path -> (g, h)."""
+    cost = 0.0
+    for path in decision.sites:
+        change = move(parts[path], *options) if path in slopes else None
+        if change is not None:
+            gradient, fisher = slopes[path]
+            cost += float((gradient * change).sum())
+            cost += 0.5 * float((fisher * change.square_()).sum())
+    return cost
 
 
 def _sequence_loss(built: Built, ids: torch.Tensor) -> torch.Tensor:
@@ -252,25 +282,34 @@ def activation_sensitivity(
     """``activation`` costs: relative output error, summed over the decision's parts.
 
     Args:
-        gram: path -> X'X of the part's inputs on calibration data, ``[in, in]`` float32.
+        gram: path -> X'X of the part's inputs on calibration data, ``[in, in]`` float32; of an embedding,
+            whose inputs are one-hot, the diagonal ``[rows]``: how often each token occurs.
     """
     started = time.perf_counter()
     rows: Rows = {d.name: {} for d in decisions}
     for decision in decisions:
         for option in decision.options:
-            cost = 0.0
-            for path, part in _owned_parts(built, [decision]).items():
-                change = delta(part, option)
-                if change is None or part.kind != "linear":
-                    continue
-                product = gram(path)
-                weight = _as_rows(built, path, _weight(built, path).detach()).float()
-                cost += _quadratic(change, product) / max(_quadratic(weight, product), 1e-30)
+            cost = sum(_output_error(built, built.site.part(p), option, delta, gram) for p in decision.sites)
             _add(rows[decision.name], option, cost)
     return ProfileResult("sensitivity:activation", rows, time.perf_counter() - started)
 
 
+def _output_error(
+    built: Built, part: Part, option: Value, delta: Delta, gram: Callable[[str], torch.Tensor]
+) -> float:
+    owner = built.site.part(part.shared_with) if part.shared_with else part
+    change = delta(owner, option)
+    if change is None:
+        return 0.0
+    product = gram(part.path)
+    weight = _as_rows(built, owner.path, _weight(built, owner.path).detach()).float()
+    return _quadratic(change, product) / max(_quadratic(weight, product), 1e-30)
+
+
 def _quadratic(weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """Squared norm of the output: X W' with dense inputs, looked-up rows with one-hot ones."""
+    if gram.ndim == 1:
+        return float((weight.square().sum(-1) * gram).sum())
     return float(((weight @ gram) * weight).sum())
 
 
@@ -294,67 +333,3 @@ def measured_sensitivity(
 def _add(row: dict[Value, Moments], option: Value, sample: float) -> None:
     n, total, squares = row.get(option, (0, 0.0, 0.0))
     row[option] = (n + 1, total + sample, squares + sample * sample)
-
-
-class GramStore:
-    """X'X of the inputs of linears on calibration data, a bounded number of them at a time.
-
-    Parts that read the same input (a tie) share one matrix. When a wanted matrix is not there, one pass
-    over the calibration data collects as many following parts as fit into ``max_bytes``.
-    """
-
-    def __init__(self, built: Built, sequences: torch.Tensor, max_bytes: int = 2 << 30) -> None:
-        self.built, self.sequences, self.max_bytes = built, sequences, max_bytes
-        self._grams: dict[str, torch.Tensor] = {}
-
-    def __call__(self, path: str) -> torch.Tensor:
-        """``[in, in]`` float32, summed over all tokens."""
-        part = self.built.site.part(path)
-        tie = part.tie or path
-        if tie not in self._grams:
-            if not self.built.state.get("pristine", True):
-                raise SpaceError(
-                    "calibration activations must come from the original model; restore it first"
-                )
-            self._grams = {}
-            self._collect(list(self._following(path)))
-        return self._grams[tie]
-
-    def _following(self, path: str) -> Iterator[Part]:
-        """The part and those after it, one a tie, while their matrices fit."""
-        parts = [p for p in self.built.site.parts if p.kind == "linear" and p.role != "head"]
-        start = next((i for i, p in enumerate(parts) if p.path == path), None)
-        if start is None:
-            yield self.built.site.part(path)
-            return
-        seen: set[str] = set()
-        size = 0
-        for part in parts[start:]:
-            if (part.tie or part.path) in seen:
-                continue
-            size += 4 * part.shape[1] ** 2
-            if seen and size > self.max_bytes:
-                return
-            seen.add(part.tie or part.path)
-            yield part
-
-    def _collect(self, parts: Sequence[Part]) -> None:
-        handles = []
-        for part in parts:
-            module = self.built.model.get_submodule(part.path)
-            handles.append(module.register_forward_pre_hook(self._hook(part.tie or part.path)))
-        try:
-            with torch.inference_mode():
-                for batch in self.sequences.split(4):
-                    self.built.model(input_ids=batch.to(self.built.device), use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, tie: str) -> Callable[..., None]:
-        def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
-            product = x.T @ x
-            self._grams[tie] = product if tie not in self._grams else self._grams[tie].add_(product)
-
-        return record

@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from autocomp.space import Candidate, Decision, SpaceConstraint, Value
+from autocomp.errors import SpaceError
+from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, SpaceConstraint, Value
 
 if TYPE_CHECKING:
     from autocomp.workloads.base import Built
@@ -79,7 +81,15 @@ class ModelSite:
     itemsize: int = 2
 
     def part(self, path: str) -> Part:
-        return next(p for p in self.parts if p.path == path)
+        """The part at ``path``. Raises ``SpaceError`` when there is none."""
+        found = self._by_path.get(path)
+        if found is None:
+            raise SpaceError(f"this {self.family} model has no part {path!r} ({len(self.parts)} parts)")
+        return found
+
+    @cached_property
+    def _by_path(self) -> Mapping[str, Part]:
+        return {p.path: p for p in self.parts}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,12 +153,31 @@ class Space(ABC):
         del site, decisions
         return []
 
-    def baselines(self, decisions: Sequence[Decision]) -> list[Candidate]:
+    def baselines(self, site: ModelSite, decisions: Sequence[Decision]) -> list[Candidate]:
         """Uniform assignments of this space: each option that every decision has."""
-        from autocomp.space import SearchSpace
-
+        del site
         return SearchSpace(tuple(decisions)).uniform()
 
     def neutral(self, decision: Decision) -> Value:
         """The option that leaves the model as it was."""
         raise NotImplementedError(f"space {self.name!r} has no neutral option for {decision.name}")
+
+
+def exact_tables(
+    site: ModelSite, resources: Mapping[str, Mapping[Value, Resources]]
+) -> dict[str, AdditiveTable]:
+    """What needs no measuring, from the options' resources (decision -> option -> resources).
+
+    ``memory_mb``: 10**6 bytes of all weights and buffers, searched or not. ``avg_bits``: mean code bits of
+    the searched weights (scales and the like are in ``memory_mb``); not there when no weight is searched.
+    """
+    memory = {d: {o: r.metrics["memory_mb"] for o, r in row.items()} for d, row in resources.items()}
+    bits = {d: {o: r.metrics.get("code_bits", 0.0) for o, r in row.items()} for d, row in resources.items()}
+    weights = sum(next(iter(row.values())).metrics.get("weights", 0.0) for row in resources.values() if row)
+    parts = [p for p in site.parts if p.kind in ("linear", "embedding") and not p.shared_with]
+    rest = site.other_bytes + site.itemsize * (sum(p.numel for p in parts) - weights)
+    tables = {"memory_mb": AdditiveTable("memory_mb", rest / 1e6, memory, exact=True)}
+    if weights:
+        per_weight = {d: {o: b / weights for o, b in row.items()} for d, row in bits.items()}
+        tables["avg_bits"] = AdditiveTable("avg_bits", 0.0, per_weight, exact=True)
+    return tables

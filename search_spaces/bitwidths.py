@@ -84,6 +84,10 @@ class BitwidthsConfig(BaseModel):
         self.labels()  # a bad bit count or group is a configuration error, not a surprise later
 
 
+def _ends_at(label: str, ends: Sequence[Decision]) -> dict[str, Value]:
+    return {d.name: label if d.domain.contains(label) else d.options[-1] for d in ends}
+
+
 def _by_size(schemes: Sequence[Scheme]) -> list[str]:
     """Unique labels, smallest storage first, so that neighbours in the list are neighbours in size."""
     size = {s.label: s.weight_bytes(1024, 4096) for s in schemes}
@@ -99,6 +103,7 @@ class Bitwidths(Space):
     config: BitwidthsConfig
 
     def decisions(self, site: ModelSite) -> list[Decision]:
+        self._check_names(site)
         groups: dict[str, list[Part]] = {}
         for part in self._searched(site):
             groups.setdefault(self._group(part), []).append(part)
@@ -112,6 +117,25 @@ class Bitwidths(Space):
                 f" excluded by {self.config.exclude}"
             )
         return found
+
+    def _check_names(self, site: ModelSite) -> None:
+        """Settings that name what this model lacks are mistakes, not wishes to be passed over."""
+        for pattern in self.config.exclude:
+            if not any(re.search(pattern, p.path) for p in site.parts):
+                examples = [p.path for p in site.parts if p.role == "body"][:2]
+                raise SpaceError(
+                    f"bitwidths.exclude: {pattern!r} matches no part of this {site.family} model (its paths"
+                    f" look like {examples}); remove it"
+                )
+        if self.config.embeddings and not any(p.role == "embedding" for p in site.parts):
+            raise SpaceError(
+                f"bitwidths.embeddings: this {site.family} model has no plain embedding; remove it"
+            )
+        if self.config.head and not any(p.role == "head" and not p.shared_with for p in site.parts):
+            raise SpaceError(
+                f"bitwidths.head: this {site.family} model has no output head with a weight of its own; a"
+                " head tied to the embedding follows `embeddings`"
+            )
 
     def _searched(self, site: ModelSite) -> list[Part]:
         patterns = [re.compile(p) for p in self.config.exclude]
@@ -129,7 +153,7 @@ class Bitwidths(Space):
                 return f"block {part.block}" if part.block is not None else part.path
             case "model":
                 return "model"
-        return part.path
+        return part.shared_with or part.path
 
     def _decision(self, key: str, parts: Sequence[Part], options: Sequence[str]) -> Decision:
         blocks = {p.block for p in parts}
@@ -154,18 +178,22 @@ class Bitwidths(Space):
     def neutral(self, decision: Decision) -> Value:
         return "w16"
 
-    def baselines(self, decisions: Sequence[Decision]) -> list[Candidate]:
-        """One label for all linears, with every label for embedding and head (``w4g64`` with ``w8`` ends)."""
-        ends = [d for d in decisions if d.block is None and set(d.options) != set(self.config.labels())]
+    def baselines(self, site: ModelSite, decisions: Sequence[Decision]) -> list[Candidate]:
+        """One label for all linears, with every label for embedding and head (``w4g64`` with ``w8`` ends).
+
+        An end that lacks a label which the other end has takes its own largest one.
+        """
+        ends = [d for d in decisions if site.part(d.sites[0]).role != "body"]
         body = [d for d in decisions if d not in ends]
         if not ends or not body:
-            return super().baselines(decisions)
-        alike = [o for o in ends[0].options if all(d.domain.contains(o) for d in ends)]
-        return [
-            Candidate.of({d.name: label for d in body} | {d.name: end for d in ends})
+            return super().baselines(site, decisions)
+        labels = _by_size([Scheme.parse(str(o)) for d in ends for o in d.options])
+        found = [
+            Candidate.of(dict.fromkeys([d.name for d in body], label) | _ends_at(end, ends))
             for label in reversed(self.config.labels())
-            for end in reversed(alike)
+            for end in reversed(labels)
         ]
+        return list(dict.fromkeys(found))
 
     def resources(self, site: ModelSite, decision: Decision, option: Value, device: str) -> Resources:
         from autocomp.kernels.ops import capability

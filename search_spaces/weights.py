@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,16 @@ class WeightSwapper:
 
     In the scoring state a module holds the dequantized weight in the model's dtype; in the serving state
     it is replaced by a packed module that runs the kernels. ``Conv1D`` weights are ``[in, out]``; all
-    tensors here are ``[out, in]`` (``transposed`` remembers which).
+    tensors here are ``[out, in]``.
+
+    Attributes:
+        built: the model, with the originals of every part.
+        bank: where quantized weights are kept.
+        hessian: path -> X'X of its calibration inputs, float32 ``[in, in]``; called on the original model.
+        calibration: stands for the calibration data in the bank's keys.
+        labels: path -> label of every weight that is not the original at this moment.
+        method: rounding of those labels.
+        serving: whether packed modules are in place.
     """
 
     built: Built
@@ -35,6 +45,7 @@ class WeightSwapper:
     hessian: Callable[[str], torch.Tensor] | None = None
     calibration: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    method: str = "rtn"
     serving: bool = False
     _modules: dict[str, nn.Module] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
@@ -44,28 +55,34 @@ class WeightSwapper:
         """The swapper of a built model, made on first use."""
         found = built.state.get("swapper")
         if found is None:
-            bank = built.state.get("bank") or LayerBank(folder=default_folder())
+            bank = built.state.get("bank")  # compared with None: an empty bank has length 0
+            bank = LayerBank(folder=default_folder()) if bank is None else bank
             found = cls(built, bank, built.state.get("hessian"), built.state.get("calibration", ""))
             built.state["swapper"] = found
         assert isinstance(found, cls)
         return found
 
     def apply(self, labels: Mapping[str, str], *, method: str, serving: bool) -> None:
-        """Bring every named path to its label; paths that are not named go back to the original."""
+        """Bring every named path to its label; paths that are not named go back to the original.
+
+        When this fails half-way (out of memory), ``restore`` still brings every original back.
+        """
         wanted = {path: label for path, label in labels.items() if label != DENSE}
         # Quantize first: error-compensated rounding needs the original model for its calibration pass.
-        tensors = {p: self.quantized(p, label, method) for p, label in wanted.items() if self._owner(p) == p}
-        if serving:
+        tensors = {p: self._entry(p, label, method) for p, label in wanted.items() if self._owner(p) == p}
+        if serving or self.serving or method != self.method:
             self.restore()
+        self.built.state["pristine"] = False
+        self.method = method
+        if serving:
             self._serve(wanted, tensors)
         else:
             self._score(wanted, tensors)
-        self.labels, self.serving = dict(wanted), serving
-        self.built.state["pristine"] = not wanted and not serving
+        self.built.state["pristine"] = not wanted
 
     def restore(self) -> None:
         """Put every original module and weight back."""
-        for path in {*self.labels}:
+        for path in self.labels:
             module = self._module(path)
             if self.serving:
                 _put(self.built.model, path, module)
@@ -75,7 +92,26 @@ class WeightSwapper:
         self.built.state["pristine"] = True
 
     def quantized(self, path: str, label: str, method: str) -> QuantizedTensor:
-        """The bank's entry for a path under a label; ``method`` as in ``quantize``."""
+        """The bank's entry for a path under a label; ``method`` as in ``quantize``. The model stays as it
+        is: where a calibration pass needs the originals, they are there for that pass only.
+
+        Raises:
+            SpaceError: error-compensated rounding, and the workload gives no calibration data.
+        """
+        with self._kept_state():
+            return self._entry(path, label, method)
+
+    @contextmanager
+    def _kept_state(self) -> Iterator[None]:
+        labels, method, serving = dict(self.labels), self.method, self.serving
+        try:
+            yield
+        finally:
+            if labels != self.labels or serving != self.serving:
+                self.apply(labels, method=method, serving=serving)
+
+    def _entry(self, path: str, label: str, method: str) -> QuantizedTensor:
+        """As ``quantized``, but the model may be left in its original state."""
         scheme = Scheme.parse(label)
         weight = self._original(path)
         gptq = method.startswith("gptq") and self.built.site.part(path).kind == "linear"
@@ -85,17 +121,19 @@ class WeightSwapper:
         key = LayerBank.key(self._hash(path), scheme, method, dtype, self.calibration if gptq else "")
 
         def build() -> QuantizedTensor:
-            hessian = None
-            if gptq:
-                if self.hessian is None:
-                    raise SpaceError(
-                        "error-compensated rounding needs calibration data, which this workload does not give"
-                    )
-                self.restore()
-                hessian = self.hessian(path)
+            hessian = self._calibrated(path) if gptq else None
             return quantize(weight.float(), scheme, method=method, hessian=hessian, scale_dtype=dtype)
 
         return self.bank.get(key, scheme, build, keep_on_disk=method != "rtn")
+
+    def _calibrated(self, path: str) -> torch.Tensor:
+        if self.hessian is None:
+            raise SpaceError(
+                "error-compensated rounding needs calibration data, which this workload does not give;"
+                " use method: mse"
+            )
+        self.restore()
+        return self.hessian(path)
 
     def move(self, path: str, here: str, there: str, method: str) -> torch.Tensor:
         """Weight under ``there`` minus weight under ``here``, float32 ``[out, in]``."""
@@ -107,16 +145,17 @@ class WeightSwapper:
         return self.quantized(path, label, method).dequantize(torch.float32).to(self.built.device)
 
     def _score(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
-        if self.serving:
-            self.restore()
         for path in {*self.labels, *wanted}:
-            if self._owner(path) != path or self.labels.get(path) == wanted.get(path):
+            if self.labels.get(path) == wanted.get(path):
                 continue
-            original = self._original(path)
-            dense = tensors[path].dequantize(original.dtype) if path in tensors else original
-            self._set_dense(path, dense.to(original.device))
+            if self._owner(path) == path:
+                original = self._original(path)
+                dense = tensors[path].dequantize(original.dtype) if path in tensors else original
+                self._set_dense(path, dense.to(original.device))
+            self._note(path, wanted.get(path, DENSE))
 
     def _serve(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
+        self.serving = True
         embeddings: dict[str, PackedEmbedding] = {}
         for path in sorted(wanted, key=lambda p: self._owner(p) != p):  # owners before borrowers
             module, owner = self._module(path), self._owner(path)
@@ -129,11 +168,21 @@ class WeightSwapper:
                     dtype=self._dtype(),
                     scale=embedding_scale(module),
                 )
-            elif owner != path:
+            elif owner in embeddings:
                 packed = PackedLinear.sharing(embeddings[owner], bias=bias)
             else:
-                packed = PackedLinear(tensors[path], bias=bias, device=self.built.device, dtype=self._dtype())
+                packed = PackedLinear(
+                    tensors[owner], bias=bias, device=self.built.device, dtype=self._dtype()
+                )
+            self._note(path, wanted[path])
             _put(self.built.model, path, packed)
+
+    def _note(self, path: str, label: str) -> None:
+        """Write down what a path is being brought to, step by step, for ``restore``."""
+        if label == DENSE:
+            self.labels.pop(path, None)
+        else:
+            self.labels[path] = label
 
     def _module(self, path: str) -> nn.Module:
         if path not in self._modules:

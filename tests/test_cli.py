@@ -262,6 +262,17 @@ def test_a_bad_log_level_is_an_error(run: Callable[..., Result], monkeypatch: py
     assert result.exit_code == 2 and "LOUD" in result.stderr and "WARNING" in result.stderr
 
 
+def test_leaving_with_triton_loaded_keeps_the_code_the_output_and_the_exit_handlers() -> None:
+    program = (
+        "import atexit, sys\nfrom autocomp import cli\n"
+        "sys.modules['triton'] = sys\n"
+        "atexit.register(lambda: print('handler'))\n"
+        "sys.argv = ['autocomp', 'front', 'nowhere']\ncli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere" in done.stderr and done.stdout == "handler\n"
+
+
 # Progress
 
 
@@ -281,6 +292,8 @@ def test_plain_progress_is_few_lines_but_every_failure(caplog: pytest.LogCapture
         for done in range(1, 101):
             now[0] += 1.0
             display(event(done, ok=done != 50))
+        for _ in range(5):  # validation: the budget stays spent
+            display(event(100))
     lines = [r.getMessage() for r in caplog.records]
     assert lines[0] == "phase 0" and lines[-1].startswith("100/100 trials")
     assert 10 <= len(lines) <= 14 and "trial 50" in lines

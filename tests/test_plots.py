@@ -98,10 +98,11 @@ def test_hover_escapes_names() -> None:
 
 def test_the_staircase_runs_through_the_front_by_value_only() -> None:
     front = FRONTS["many"]
-    xs, ys = plots._staircase(front)
+    ((x, y),) = plots.panels(front)
+    xs, ys = plots._staircase(front, x, y)
     assert xs == sorted(xs) and ys == sorted(ys, reverse=True)
     assert len(xs) == sum(p.label == "front" for p in front.points)
-    assert plots._staircase(FRONTS["three objectives"]) == ([], [])
+    assert plots._staircase(FRONTS["three objectives"], x, y) == ([], [])
 
 
 def test_names_in_the_picture_do_not_overlap() -> None:
@@ -118,6 +119,14 @@ def test_axes_turn_logarithmic_only_for_wide_positive_values() -> None:
     assert y.log and not x.log
     (_, flat), *_ = plots.panels(FRONTS["zeros"])
     assert not flat.log
+
+
+def test_an_exact_zero_keeps_the_logarithms_and_is_pointed_out() -> None:
+    front = ParetoFront.of([*MANY, make_trial(99, kl=0.0)], [KL, MS])
+    ((_, y),) = plots.panels(front)
+    smallest = min(p.trial.value("kl") for p in front.points if p.trial.value("kl") > 0)
+    zero = next(p.trial for p in front.points if p.trial.number == 99)
+    assert y.log and 0 < y.value(zero) < smallest and "0 is drawn at" in y.title
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [0.1, 0.4, 0.4, 0.9]])

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 << 30
 
 
+def foreign_spaces(worker: ModelWorker) -> list[str]:
+    """A reason when the job has spaces beside ``bitwidths``, whose choices no weight file can hold."""
+    others = sorted({s.name for s in worker.spaces} - {"bitwidths"})
+    return [f"this format can't hold choices of {others}; search without them"] if others else []
+
+
 class Exporter(Protocol):
     """Writes candidates in one format. Stateless."""
 
@@ -82,7 +88,7 @@ def save_sharded(tensors: Mapping[str, torch.Tensor], folder: Path, stem: str) -
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    files = {}
+    files: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"{stem}-{i:04d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

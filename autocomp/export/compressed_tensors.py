@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import CapabilityError
-from autocomp.export.base import dense_tensors, quantized_parts, quantized_tensors, save_sharded
+from autocomp.export.base import (
+    dense_tensors,
+    foreign_spaces,
+    quantized_parts,
+    quantized_tensors,
+    save_sharded,
+)
 from autocomp.quantize.scheme import Scheme
 from autocomp.space import Candidate
 
@@ -31,6 +37,7 @@ class CompressedTensorsExporter:
         reasons = [
             reason for path, scheme in schemes.items() if (reason := _unsupported_part(worker, path, scheme))
         ]
+        reasons += foreign_spaces(worker)
         ties: dict[str, set[str]] = {}
         for part in site.parts:
             if part.kind == "linear" and part.role == "body" and part.tie:

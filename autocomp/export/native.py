@@ -18,7 +18,13 @@ from torch import nn
 
 from autocomp import __version__
 from autocomp.errors import ExportError
-from autocomp.export.base import dense_tensors, quantized_parts, quantized_tensors, save_sharded
+from autocomp.export.base import (
+    dense_tensors,
+    foreign_spaces,
+    quantized_parts,
+    quantized_tensors,
+    save_sharded,
+)
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.measure.device import software_versions
 from autocomp.quantize.scheme import Scheme
@@ -40,8 +46,7 @@ class NativeExporter:
 
     def supports(self, worker: ModelWorker, candidate: Candidate) -> list[str]:
         del candidate
-        others = sorted({s.name for s in worker.spaces} - {"bitwidths"})
-        return [f"the native format can't hold choices of {others} yet"] if others else []
+        return foreign_spaces(worker)
 
     def export(self, worker: ModelWorker, candidate: Candidate, folder: Path) -> None:
         schemes = quantized_parts(worker, candidate)
@@ -86,7 +91,7 @@ def read_envelope(folder: Path) -> dict[str, Any]:
     """``autocomp.json`` of an export.
 
     Raises:
-        ExportError: the file is missing, is no envelope, or has a newer version.
+        ExportError: the file is missing, damaged, no envelope, or of a newer version.
     """
     try:
         envelope = json.loads((folder / ENVELOPE).read_text())
@@ -96,6 +101,9 @@ def read_envelope(folder: Path) -> dict[str, Any]:
         raise ExportError(f"can't read {str(folder / ENVELOPE)!r}: {error}") from None
     if not isinstance(envelope, dict) or envelope.get("format") != "autocomp-native":
         raise ExportError(f"{str(folder / ENVELOPE)!r} is not an autocomp export")
+    lacking = sorted({"version", "dtype", "modules", "files"} - set(envelope))
+    if lacking or not isinstance(envelope["version"], int):
+        raise ExportError(f"{str(folder / ENVELOPE)!r} is damaged (lacks {lacking}); export it again")
     if envelope["version"] > VERSION:
         raise ExportError(
             f"{str(folder)!r} has format version {envelope['version']}; this autocomp ({__version__}) reads"
@@ -110,23 +118,38 @@ def load_native(folder: Path, device: str = "auto") -> PreTrainedModel:
     Raises:
         ExportError: see ``read_envelope``; also for a missing or damaged weight file.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
     envelope = read_envelope(folder)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = getattr(torch, envelope["dtype"])
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):  # structure only: no memory, no random initialisation
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _structure(folder, dtype)
     tensors = _read_tensors(folder, envelope["files"])
-    _place_packed(model, envelope["modules"], tensors, where, dtype)
-    _place_dense(model, tensors, where)
+    try:
+        _place_packed(model, envelope["modules"], tensors, where, dtype)
+        _place_dense(model, tensors, where)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"{str(folder)!r} is damaged: {ENVELOPE}, config.json and weights don't fit together"
+            f" ({type(error).__name__}: {error}); export it again"
+        ) from error
     missing = sorted(n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta)
     if missing:
         raise ExportError(f"{str(folder)!r} lacks the tensors {missing[:3]}; export it again")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def _structure(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights: no memory, no random initialisation."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"can't read the configuration in {str(folder)!r}: {error}") from error
+    return model
 
 
 def _read_tensors(folder: Path, files: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -10,8 +10,10 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from autocomp.quantize.scheme import Scheme
 from autocomp.quantize.tensor import QuantizedTensor
 
 logger = logging.getLogger("autocomp")
+STALE_SECONDS = 3600.0
+"""Age from which an unfinished file is no longer being written."""
 
 
 def default_folder() -> Path:
@@ -46,7 +50,8 @@ class LayerBank:
         folder: where evicted and expensive entries are written; ``None`` keeps nothing on disk.
         max_disk_bytes: oldest files go when the folder grows beyond this.
 
-    A full or unwritable disk costs time, never a result: the entry is rebuilt when it is needed again.
+    A full or unwritable disk costs time, never a result: what is there is still read, and the rest is built
+    again when it is needed. Several processes may share a folder.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class LayerBank:
         self.folder = folder
         self.max_disk_bytes = max_disk_bytes
         self.built = 0
+        self._writing = folder is not None
         self._memory: OrderedDict[str, QuantizedTensor] = OrderedDict()
         self._bytes = 0
 
@@ -103,20 +109,25 @@ class LayerBank:
 
     def _read(self, key: str, scheme: Scheme) -> QuantizedTensor | None:
         path = self._path(key)
-        if path is None or not path.is_file():
+        if path is None:
             return None
         try:
             return QuantizedTensor.from_state(load_file(path), scheme)
+        except FileNotFoundError:
+            return None
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            logger.warning("layer bank: %s is damaged (%s); it is built again", path.name, error)
-            path.unlink(missing_ok=True)
+            logger.warning("layer bank: %s can't be used (%s); it is built again", path.name, error)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
 
     def _write(self, key: str, tensor: QuantizedTensor) -> None:
         path = self._path(key)
-        if path is None or path.exists():
+        if path is None or not self._writing:
             return
         try:
+            if path.exists():
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
             os.close(handle)
@@ -128,13 +139,21 @@ class LayerBank:
             self._trim_disk()
         except (OSError, SafetensorError) as error:
             logger.warning("layer bank: can't write to %s (%s); going on without it", self.folder, error)
-            self.folder = None
+            self._writing = False
 
     def _trim_disk(self) -> None:
+        """Remove the oldest entries beyond the bound, and what killed processes left half-written."""
         assert self.folder is not None
-        files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in self.folder.glob("*/*.safetensors"))
+        files = []
+        for file in self.folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process may trim at the same time
+                status = file.stat()
+                if file.suffix == ".safetensors":
+                    files.append((status.st_mtime, status.st_size, file))
+                elif file.suffix == ".part" and time.time() - status.st_mtime > STALE_SECONDS:
+                    file.unlink()
         total = sum(size for _, size, _ in files)
-        for _, size, file in files:
+        for _, size, file in sorted(files):
             if total <= self.max_disk_bytes:
                 return
             file.unlink(missing_ok=True)

@@ -3,14 +3,17 @@
 The first batch is the front that the additive tables predict. From then on every ask fits residual
 predictors to the history and pools candidates from three sources: the predicted front of the corrected
 tables, allocations near measured front points under corrected and sampled tables (a trust region: what
-was learned holds where it was measured), and mutated front points. The pool is ranked by expected
-hypervolume improvement, and a batch is picked one by one as if the picks before had been measured.
+was learned holds where it was measured), and mutated front points. Where the study can profile around a
+candidate, costs are estimated anew at front points, and allocation goes on from there. The pool is ranked
+by expected hypervolume improvement, and a batch is picked one by one as if the picks before had been
+measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ from autocomp.predictors.residual import ResidualPredictor
 from autocomp.searchers.acquisition import Scene, pick_batch
 from autocomp.searchers.base import Problem
 from autocomp.searchers.common import admissible, seen_fingerprints, spread_order
+from autocomp.searchers.descent import Descent
 from autocomp.searchers.evolution import Breeder, EvolutionSearcher, select
 from autocomp.searchers.ilp import (
     Allocator,
@@ -33,6 +37,7 @@ from autocomp.searchers.ilp import (
     hard_budgets,
     side_mixes,
 )
+from autocomp.searchers.local import blended
 from autocomp.searchers.random import draw
 from autocomp.space import AdditiveTable, Candidate
 from autocomp.trial import Trial
@@ -51,6 +56,8 @@ class HybridSearcher:
         kind: residual predictor, ``ridge`` or ``gp``.
         gap: optimality gap of a solve; above the tables' own error nothing is won by less.
         time_limit: seconds a solve.
+        profiles: profiles around front points that may be asked for, one after the first trials and
+            one more after every ``first`` others.
     """
 
     def __init__(
@@ -64,12 +71,16 @@ class HybridSearcher:
         kind: str = "ridge",
         gap: float = 1e-2,
         time_limit: float = 10.0,
+        profiles: int = 6,
     ) -> None:
         self.problem = problem
         self.points, self.first, self.pool, self.local = points, first, pool, local
         self.kind, self.gap, self.time_limit = kind, gap, time_limit
+        self.profiles = profiles
+        self.prior = {m: blended(t, problem.local) for m, t in problem.tables.items()}
         self.breeder = Breeder(problem.space, mutation=2.0)
         self.additive = not IlpSearcher.unsupported(problem)
+        self.descent = Descent(problem, rounds=profiles) if Descent.suits(problem) and profiles else None
         self.starter: IlpSearcher | EvolutionSearcher
         if self.additive:
             self.starter = IlpSearcher(problem, points=points, gap=gap, time_limit=time_limit)
@@ -86,10 +97,14 @@ class HybridSearcher:
         Raises:
             InfeasibleError: the constraints on exact tables can't be met.
         """
-        usable = [t for t in history if is_feasible(t, self.problem.objectives)]
-        own = [t for t in usable if t.origin not in ("baseline", "audit")]
         if n <= 0:
             return []
+        if self.descent is not None:
+            plans = self.descent.ask(history, pending)[:n]
+            if plans or pending or len(self.descent.local()) < self.profiles:
+                return plans
+        usable = [t for t in history if is_feasible(t, self.problem.objectives)]
+        own = _own(usable)
         if len(own) < self.first or len(usable) < 2:
             return self.starter.ask(n, history, pending)
         rng = self.problem.rng(len(history) + len(pending))
@@ -100,6 +115,28 @@ class HybridSearcher:
             chosen += self.starter.ask(n - len(chosen), history, [*pending, *chosen])
         return chosen
 
+    def wants_profile(self, history: Sequence[Trial]) -> Candidate | None:
+        """The front point that is farthest from all that were profiled, when it is time for another."""
+        if self.descent is not None:
+            return self.descent.wants_profile(history)
+        objectives, local = self.problem.objectives, self.problem.local
+        own = _own(t for t in history if is_feasible(t, objectives, self.problem.constraints))
+        due = min(self.profiles, len(own) // max(self.first, 1))
+        if not (self.additive and self.problem.can_profile) or len(local) >= due:
+            return None
+        done = {m.candidate.fingerprint for m in local}
+        front = [own[int(i)] for i in np.flatnonzero(non_dominated([loss_row(t, objectives) for t in own]))]
+        fresh = [t for t in front if t.candidate.fingerprint not in done]
+        if not fresh:
+            return None
+        losses = np.array([loss_row(t, objectives) for t in fresh])
+        known = [loss_row(t, objectives) for t in history if t.ok and t.candidate.fingerprint in done]
+        if known:
+            return fresh[spread_order(losses, np.array(known))[0]].candidate
+        # The first one: the point next to the middle of the front, by rank in each objective.
+        ranks = np.argsort(np.argsort(losses, axis=0), axis=0)
+        return fresh[int(np.argmin(np.abs(ranks - (len(fresh) - 1) / 2).sum(axis=1)))].candidate
+
     # --- what is known ------------------------------------------------------------------------------------
 
     def _fit(self, history: Sequence[Trial]) -> dict[str, Predictor]:
@@ -107,7 +144,7 @@ class HybridSearcher:
         names = [o.metric for o in self.problem.objectives] + [c.metric for c in self.problem.constraints]
         models: dict[str, Predictor] = {}
         for metric in dict.fromkeys(names):
-            table = self.problem.tables.get(metric)
+            table = self.prior.get(metric)
             if table is not None and table.exact:
                 models[metric] = AdditivePredictor(table)
             else:
@@ -119,7 +156,7 @@ class HybridSearcher:
         self, models: Mapping[str, Predictor], rng: np.random.Generator | None = None
     ) -> dict[str, AdditiveTable]:
         """The problem's tables after what was learned, or a sample of what they may be."""
-        tables = dict(self.problem.tables)
+        tables = dict(self.prior)
         for metric, model in models.items():
             if isinstance(model, ResidualPredictor) and model.table is not None:
                 tables[metric] = model.corrected(rng)
@@ -138,6 +175,7 @@ class HybridSearcher:
         bred = [self.breeder.child([p.candidate for p in parents], rng) for _ in range(self.pool)]
         if self.additive:
             planned = [*self._planned(models, rng), *self._allocated(models, parents, rng)]
+            planned += self._around_profiles(models)
         else:
             exact = [t for t in self.problem.tables.values() if t.exact]
             planned = [draw(self.problem.space, rng, exact) for _ in range(self.pool // 4)]
@@ -173,6 +211,23 @@ class HybridSearcher:
                     found.append(allocator.solve(rows, (), self.gap, self.time_limit).candidate)
                 except InfeasibleError:
                     continue  # the centre breaks a budget by more than the trust region can mend
+        return found
+
+    def _around_profiles(self, models: Mapping[str, Predictor]) -> list[Candidate]:
+        """Allocations by the latest profiles as they are, next to the candidates that they are about."""
+        found: list[Candidate] = []
+        for model in self.problem.local[-2:]:
+            tables = {**self._tables(models), model.table.metric: model.table}
+            cost, sides = cost_and_sides(self.problem, tables)
+            allocator = Allocator(self.problem.space, cost)
+            for share, mix in product((0.1, 0.3), side_mixes(sides)):
+                changes = max(1, round(share * len(allocator.groups)))
+                try:
+                    rows = [allocator.row((mix, mix.total(model.candidate)))]
+                    rows.append(allocator.near(model.candidate, changes))
+                    found.append(allocator.solve(rows, (), self.gap, self.time_limit).candidate)
+                except InfeasibleError:
+                    continue
         return found
 
     def _centers(self, parents: Sequence[Trial], count: int = 6) -> list[Candidate]:
@@ -216,6 +271,11 @@ class HybridSearcher:
             room = (c.bound - p.mean) if c.upper else (p.mean - c.bound)
             total = total * norm.cdf(room / np.maximum(p.std, 1e-12 * max(1.0, abs(c.bound))))
         return np.asarray(total)
+
+
+def _own(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials that the search asked for."""
+    return [t for t in trials if t.origin not in ("baseline", "audit")]
 
 
 def _losses(objectives: Iterable[Objective], predictions: Mapping[str, Prediction]) -> tuple[Floats, Floats]:

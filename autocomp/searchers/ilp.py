@@ -24,7 +24,7 @@ from autocomp.searchers.common import (
     summed,
     table_budgets,
 )
-from autocomp.searchers.mckp import Groups, Knapsack, Row, distinct_groups
+from autocomp.searchers.mckp import Groups, Knapsack, Row, distinct_groups, merged
 from autocomp.space import AdditiveTable, Candidate, LinearBudget, SearchSpace
 from autocomp.trial import Trial
 
@@ -96,7 +96,7 @@ class Allocator:
     ) -> Solution:
         """See the function ``solve``."""
         began = time.perf_counter()
-        problem, floor = self._knapsack((*self.own_rows, *rows), exclude)
+        problem, floor = self._knapsack(merged((*self.own_rows, *rows)), exclude)
         x, bound = solve_knapsack(problem, gap, time_limit)
         excess = problem.value(x)
         bound = min(bound, excess)

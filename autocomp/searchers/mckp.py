@@ -121,6 +121,16 @@ class Row:
         return 1e-9 * max(1.0, abs(self.upper))
 
 
+def merged(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Of rows with the same weights the tightest (a sweep's bound on what has a budget already)."""
+    kept: dict[bytes, Row] = {}
+    for row in rows:
+        other = kept.setdefault(row.weight.tobytes(), row)
+        if row.upper < other.upper:
+            kept[row.weight.tobytes()] = row
+    return tuple(kept.values())
+
+
 @dataclass(frozen=True)
 class Knapsack:
     """One instance over ``groups``.
@@ -200,8 +210,8 @@ def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-7) ->
 
     weights = np.array([r.weight for r in problem.rows]).reshape(len(problem.rows), len(problem.cost))
     upper = np.array([r.upper for r in problem.rows])
-    if not len(upper):
-        return _dual_at(problem, np.zeros(0), weights, upper)
+    if len(upper) < 2:
+        return _dual_of_one(problem, weights, upper, rounds)
     scale = _scale(problem.cost[problem.mask]) / np.array([_spread(problem, w) for w in weights])
     planes: list[Floats] = []
     lam, best = np.zeros(len(upper)), None
@@ -222,6 +232,32 @@ def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-7) ->
             break
         lam = np.asarray(master.x[:-1])
     assert best is not None
+    return best
+
+
+def _dual_of_one(problem: Knapsack, weights: Floats, upper: Floats, rounds: int) -> Dual:
+    """At most one row: the next multiplier is where the planes on either side of the optimum meet."""
+    best = _dual_at(problem, np.zeros(len(upper)), weights, upper)
+    if not len(upper):
+        return best
+
+    def plane(lam: float) -> tuple[float, float]:
+        x, _ = problem.cheapest(problem.cost + lam * weights[0])
+        return problem.value(x), float(weights[0, x].sum()) - float(upper[0])
+
+    steep = 1e6 * _scale(problem.cost[problem.mask]) / _spread(problem, weights[0])
+    left, right = plane(0.0), plane(steep)
+    if left[1] <= 0 or right[1] > 0:  # the row does not bind, or can't be met
+        end = _dual_at(problem, np.array([0.0 if left[1] <= 0 else steep]), weights, upper)
+        return end if end.bound > best.bound else best
+    for _ in range(rounds):
+        lam = (right[0] - left[0]) / (left[1] - right[1])
+        dual = _dual_at(problem, np.array([lam]), weights, upper)
+        best = dual if dual.bound > best.bound else best
+        middle = plane(lam)
+        if middle in (left, right) or middle[1] == 0:
+            break
+        left, right = (middle, right) if middle[1] > 0 else (left, middle)
     return best
 
 

@@ -75,6 +75,7 @@ class OptunaSearcher:
         with _quiet():
             study = self._synchronised(history)
             study.sampler = self._sampler(int(rng.integers(2**31)))
+            self._settle_parents(study)
             asked = [self._mirror(study, c) for c in pending if self.codec.knows(c)]
             try:
                 found = self._propose(study, n, seen_fingerprints(history, pending), rng, asked)
@@ -152,6 +153,17 @@ class OptunaSearcher:
             constraints=bounds or None,
             system_attrs=self._generation(completed),
         )
+
+    def _settle_parents(self, study: optuna.Study) -> None:
+        """Have a genetic sampler choose each generation's parents in order, before it is asked.
+
+        It keeps them in the study and returns them in another order the first time; settled up front,
+        a study that grew and one that was rebuilt breed alike.
+        """
+        sampler = study.sampler
+        if isinstance(sampler, optuna.samplers.BaseGASampler):
+            for generation in range(1, self._completed // (sampler.population_size or 1) + 1):
+                sampler.get_parent_population(study, generation)
 
     def _generation(self, completed: int) -> dict[str, int]:
         """Genetic samplers breed from the trials of a generation, which they note on trials they asked

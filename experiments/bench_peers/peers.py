@@ -180,8 +180,11 @@ def modelopt_scores(
 ) -> dict[str, Any]:
     """Search state of ``auto_quantize`` (scores and costs of all groups and formats).
 
-    One calibration step is enough: weight ranges do not depend on data. Layers are never left
-    unquantised, and linear layers out of scope are disabled and cost nothing.
+    One calibration step is enough: weight ranges do not depend on data. Linear layers out of
+    scope are disabled and cost nothing. The ILP of ``gradient`` may not leave a layer
+    unquantised. The threshold rule of ``kl_div`` must be able to: when even 8 bits exceed its
+    threshold it takes the last format, no quantisation, and without that format it would take
+    the first one, 3 bits, for the most sensitive layers (see ``modelopt_solve``).
     """
     import modelopt.torch.quantization as mtq
 
@@ -205,7 +208,7 @@ def modelopt_scores(
             {
                 "module_name_patterns": list(scope),
                 "quantization_formats": formats,
-                "allow_no_quant": False,
+                "allow_no_quant": not gradient,
             }
         ],
         data_loader=batches,
@@ -220,17 +223,21 @@ def modelopt_scores(
     return state
 
 
-def modelopt_solve(state: dict[str, Any], target: float) -> Bits:
-    """Bits per module for ``target`` average bits, from stored scores."""
+def modelopt_solve(state: dict[str, Any], target: float, scope: dict[str, int]) -> Bits:
+    """Bits per module for ``target`` average bits, from stored scores.
+
+    Layers left unquantised get the widest option instead.
+    """
     import modelopt.torch.quantization as mtq
 
     config = mtq.get_auto_quantize_config(state, {"effective_bits": target})
     suffix = ".weight_quantizer"
-    return {
+    bits = {
         entry["quantizer_name"].removesuffix(suffix): int(entry["cfg"]["num_bits"])
         for entry in config["quant_cfg"]
         if entry["quantizer_name"].endswith(suffix) and entry.get("cfg")
     }
+    return dict.fromkeys(scope, max(OPTIONS)) | bits
 
 
 def run_modelopt(
@@ -249,7 +256,7 @@ def run_modelopt(
     for budget in budgets:
         with watch.phase(f"solve {budget:g}"):
             answers[budget], targets[f"{budget:g}"] = within_budget(
-                lambda target: modelopt_solve(state, target), budget, scope
+                lambda target: modelopt_solve(state, target, scope), budget, scope
             )
     stats = [s for s in state["candidate_stats"].values() if len(s["formats"]) > 1]
     table = {
@@ -266,18 +273,37 @@ def run_modelopt(
 def within_budget(
     solve: Callable[[float], Bits], budget: float, scope: dict[str, int], step: float = 0.002
 ) -> tuple[Bits, float]:
-    """Answer of ``solve`` that keeps to ``budget`` (bits), and the target that gave it.
+    """Fullest answer of ``solve`` that keeps to ``budget`` (bits), and the target that gave it.
 
-    A solver may end slightly above its target (the threshold search of ``kl_div`` keeps its last
-    probe, feasible or not), so the target is lowered by ``step`` bits until the answer fits.
+    The answer may be off its target: below, where 8 bits replace no quantisation, or above, as
+    the threshold search of ``kl_div`` keeps its last probe, feasible or not. So the target is
+    raised by bisection (to ``step`` bits) if the answer leaves room, else lowered until it fits.
     """
-    target = budget
-    while target > min(OPTIONS):
+    best = None
+    low, high = budget, budget
+    bits = solve(budget)
+    if average_bits(bits, scope) < budget - step:
+        high = 2.0 * budget
+    if average_bits(bits, scope) <= budget + 1e-9:
+        best = (bits, budget)
+    while high - low > step:
+        target = (low + high) / 2
         bits = solve(target)
         if average_bits(bits, scope) <= budget + 1e-9:
-            return bits, target
+            if best is None or average_bits(bits, scope) > average_bits(best[0], scope):
+                best = (bits, target)
+            low = target
+        else:
+            high = target
+    target = budget
+    while best is None and target > min(OPTIONS):
         target -= step
-    raise RuntimeError(f"no answer within {budget} bits")
+        bits = solve(target)
+        if average_bits(bits, scope) <= budget + 1e-9:
+            best = (bits, target)
+    if best is None:
+        raise RuntimeError(f"no answer within {budget} bits")
+    return best
 
 
 # --------------------------------------------------------------------------- AutoRound

@@ -9,14 +9,18 @@ and lets it write a few sentences; then compares its decode latency and bytes wi
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 import autocomp
-from autocomp.progress import progress
-from autocomp.report import front_text
+from autocomp import report
+from autocomp.progress import make_display
+from autocomp.trial import Trial
 
 HERE = Path(__file__).parent
 GENERATE = """
@@ -41,15 +45,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder of the export")
     parser.add_argument("-o", "--override", action="append", default=[], help="dotted.key=value")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.perf_counter()
-    with progress() as on_event:
-        result = autocomp.search(
-            HERE / "job.yaml", overrides=[f"workload.model={args.model}", *args.override], on_event=on_event
-        )
+    overrides = [f"workload.model={args.model}", *args.override]
+    with make_display(Console()) as display:
+        result = autocomp.search(HERE / "job.yaml", overrides=overrides, on_event=display)
     if result.status != "finished":
         raise SystemExit(f"stopped; continue with: autocomp resume {result.run_dir}")
-    print(front_text(result.front))
     picked = result.front.select(args.select)
+    print(report.text(result.front, picked))
     out = args.out or result.run_dir / "export"
     autocomp.export(result.run_dir, args.select, out=out)
     base = next(p.trial for p in result.front.points if _is_uncompressed(p.trial))
@@ -69,7 +73,7 @@ def main() -> None:
     print("Look at the front: open front.html there, or `mlflow ui --backend-store-uri sqlite:///mlflow.db`.")
 
 
-def _is_uncompressed(trial: autocomp.study.Trial) -> bool:  # type: ignore[name-defined]
+def _is_uncompressed(trial: Trial) -> bool:
     return set(trial.candidate.values.values()) == {"w16"}
 
 

@@ -1,0 +1,23 @@
+"""Every built-in predictor passes the checks that third-party ones are offered."""
+
+from __future__ import annotations
+
+import pytest
+
+from autocomp.predictors.additive import AdditivePredictor
+from autocomp.predictors.residual import ResidualPredictor
+from autocomp.testing.predictors import CHECKS, Check, Factory
+
+FACTORIES: dict[str, Factory] = {
+    "additive": lambda metric, table, space: AdditivePredictor(table),
+    "ridge": lambda metric, table, space: ResidualPredictor(metric, table, space, "ridge"),
+    "gp": lambda metric, table, space: ResidualPredictor(metric, table, space, "gp"),
+    "ridge-without-table": lambda metric, table, space: ResidualPredictor(metric, None, space, "ridge"),
+    "gp-without-table": lambda metric, table, space: ResidualPredictor(metric, None, space, "gp"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_builtin_predictors(name: str, check: Check) -> None:
+    check(FACTORIES[name])

@@ -1,0 +1,230 @@
+"""Spaces, candidates, tables, repair, objectives."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocomp.errors import ObjectiveError, SpaceError
+from autocomp.objective import Constraint, Objective, Selection, check_metrics
+from autocomp.repair import moving_groups
+from autocomp.space import (
+    AdditiveTable,
+    AtMostDistinct,
+    Candidate,
+    Choice,
+    Decision,
+    Interval,
+    LinearBudget,
+    Ordered,
+    SearchSpace,
+    SumTo,
+    Tied,
+    Value,
+    space_from_json,
+    space_to_json,
+)
+
+BITS = (2, 4, 8)
+
+
+def choices(n: int, *constraints: object) -> SearchSpace:
+    return SearchSpace(
+        tuple(Decision(f"d{i}", Choice(BITS, True), block=i) for i in range(n)),
+        tuple(constraints),  # type: ignore[arg-type]
+    )
+
+
+def sizes(n: int) -> AdditiveTable:
+    costs: dict[str, dict[Value, float]] = {f"d{i}": {b: b * (i + 1.0) for b in BITS} for i in range(n)}
+    return AdditiveTable("memory_mb", 1.0, costs, exact=True)
+
+
+def test_domains() -> None:
+    assert Choice((1, 2)).contains(1) and not Choice((1, 2)).contains(True)
+    assert Choice(("a", None)).index(None) == 1
+    with pytest.raises(SpaceError, match="not one of"):
+        Choice((1, 2)).index(3)
+    with pytest.raises(SpaceError, match="at least one option"):
+        Choice(())
+    with pytest.raises(SpaceError, match="differ"):
+        Choice((1, 1))
+    assert Interval(0, 1, True).contains(None) and not Interval(0, 1).contains(None)
+    assert not Interval(0, 1).contains(True) and not Interval(0, 1).contains(math.nan)
+    for low, high in ((1.0, 0.0), (0.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(SpaceError, match="finite low <= high"):
+            Interval(low, high)
+
+
+def test_candidates_are_values() -> None:
+    a, b = Candidate.of({"x": 1, "y": None}), Candidate.of({"y": None, "x": 1})
+    assert a == b and hash(a) == hash(b) and a.fingerprint == b.fingerprint
+    assert a.replace({"x": 2})["x"] == 2 and a["x"] == 1
+    assert a != Candidate.of({"x": 1.5, "y": None})
+    assert Candidate.of(json.loads(json.dumps(a.to_json()))) == a
+
+
+def test_names_must_be_unique_and_known() -> None:
+    with pytest.raises(SpaceError, match=r"unique; twice: \['a'\]"):
+        SearchSpace((Decision("a", Choice((1,))), Decision("a", Choice((1,)))))
+    with pytest.raises(SpaceError, match=r"Tied names decisions that are not in the space: \['z'\]"):
+        choices(1, Tied(("d0", "z")))
+
+
+def test_violations_in_words() -> None:
+    space = choices(2, Tied(("d0", "d1")), LinearBudget(sizes(2), 10.0))
+    assert space.violations(Candidate.of({"d0": 2, "d1": 2})) == []
+    assert "no value for ['d1']" in space.violations(Candidate.of({"d0": 2}))[0]
+    assert "unknown decisions ['z']" in space.violations(Candidate.of({"d0": 2, "d1": 2, "z": 0}))[0]
+    assert "d0 = 3 is not in [2, 4, 8]" in space.violations(Candidate.of({"d0": 3, "d1": 2}))[0]
+    reasons = space.violations(Candidate.of({"d0": 2, "d1": 8}))
+    assert "Tied" in reasons[0] and "memory_mb = 19 is over the budget 10" in reasons[1]
+    with pytest.raises(SpaceError, match="is invalid"):
+        space.check(Candidate.of({"d0": 2}))
+
+
+def test_tables() -> None:
+    table = sizes(2)
+    assert table.total(Candidate.of({"d0": 2, "d1": 4, "other": 9})) == 1 + 2 + 8
+    assert math.isnan(table.total(Candidate.of({"d0": 3, "d1": 4})))
+    assert table.covers(choices(2)) and not table.covers(choices(3))
+    assert AdditiveTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    assert LinearBudget(table, 5.0).violation({"d0": 3, "d1": 2}) == math.inf
+
+
+def test_a_sum_of_floats_may_meet_its_bound_exactly() -> None:
+    costs: dict[str, dict[Value, float]] = {f"d{i}": {2: 0.1} for i in range(10)}
+    budget = LinearBudget(AdditiveTable("memory_mb", 0.0, costs), 1.0)
+    assert budget.violation({f"d{i}": 2 for i in range(10)}) == 0.0
+
+
+def test_space_survives_json() -> None:
+    floats = tuple(Decision(f"x{i}", Interval(0.0, 1.0, True), ("site",), "s") for i in range(2))
+    names = tuple(d.name for d in floats)
+    space = SearchSpace(
+        (*choices(3).decisions, *floats),
+        (
+            Tied(("d0", "d1")),
+            AtMostDistinct(("d0", "d2"), 1),
+            LinearBudget(sizes(3), 9.0),
+            SumTo(names),
+            Ordered(names, False),
+        ),
+    )
+    again = space_from_json(json.loads(json.dumps(space_to_json(space))))
+    assert again == space and again.fingerprint == space.fingerprint
+
+
+def test_uniform_and_restrict() -> None:
+    space = choices(3, LinearBudget(sizes(3), 13.0))
+    assert [c["d0"] for c in space.uniform()] == [2, 4, 8]  # over the budget or not: baselines are measured
+    assert [c["d0"] for c in choices(3, AtMostDistinct(("d0", "d1"), 1)).uniform()] == [2, 4, 8]
+    assert space.restrict({"d1": [8, 4]}).by_name["d1"].options == (4, 8)
+    with pytest.raises(SpaceError, match="none of its options"):
+        space.restrict({"d1": [3]})
+    assert SearchSpace((Decision("x", Interval(0, 1)),)).uniform() == []
+
+
+def test_overlapping_ties_move_together() -> None:
+    space = choices(5, Tied(("d0", "d1")), Tied(("d3", "d4")), Tied(("d1", "d3")))
+    assert [set(g) for g in moving_groups(space)] == [{"d0", "d1", "d3", "d4"}, {"d2"}]
+    rng = np.random.default_rng(0)
+    assert all(not space.violations(space.sample(rng)) for _ in range(30))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.floats(0.0, 1.0))
+def test_samples_meet_what_can_be_met(seed: int, k: int, share: float) -> None:
+    names = [f"d{i}" for i in range(8)]
+    table = sizes(8)
+    low, high = (table.total(Candidate.of(dict.fromkeys(names, b))) for b in (2, 8))
+    budget = LinearBudget(table, low + share * (high - low))
+    space = choices(8, Tied(tuple(names[:3])), AtMostDistinct(tuple(names[2:7]), k), budget)
+    assert space.violations(space.sample(np.random.default_rng(seed))) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.booleans())
+def test_float_samples_are_ordered_and_sum(seed: int, descending: bool) -> None:
+    rng = np.random.default_rng(seed)
+    names = tuple(f"x{i}" for i in range(5))
+    slots = tuple(Decision(n, Interval(0.0, 1.0, True)) for n in names)
+    assert not (space := SearchSpace(slots, (Ordered(names, descending),))).violations(space.sample(rng))
+    weights = tuple(Decision(n, Interval(0.0, 1.0)) for n in names)
+    assert not (space := SearchSpace(weights, (SumTo(names),))).violations(space.sample(rng))
+
+
+def test_repair_keeps_what_is_right_and_mends_the_rest() -> None:
+    space = choices(4, AtMostDistinct(("d0", "d1", "d2", "d3"), 2))
+    rng = np.random.default_rng(0)
+    fine: dict[str, Value] = {"d0": 2, "d1": 2, "d2": 8, "d3": 8}
+    assert space.repair(fine, rng) == Candidate.of(fine)
+    mended = space.repair({"d0": 2, "d1": 2, "d2": 8, "d3": 99}, rng)
+    assert space.violations(mended) == [] and mended["d0"] == 2
+    x = SearchSpace((Decision("x", Interval(0.0, 1.0)),))
+    assert x.repair({"x": 7.0}, rng)["x"] == 1.0
+    assert x.violations(x.repair({"x": math.nan}, rng)) == []
+
+
+def test_an_impossible_budget_is_left_violated() -> None:
+    space = choices(2, LinearBudget(sizes(2), 0.0))
+    assert "over the budget" in space.violations(space.sample(np.random.default_rng(0)))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "minimize"),
+    [("min kl", "kl", True), (" maximize top1/acc ", "top1/acc", False)],
+)
+def test_objectives(text: str, metric: str, minimize: bool) -> None:
+    objective = Objective.parse(text)
+    assert (objective.metric, objective.minimize) == (metric, minimize)
+    assert Objective.parse(str(objective)) == objective
+    assert objective.loss(2.0) == (2.0 if minimize else -2.0)
+
+
+@pytest.mark.parametrize("text", ["kl", "min", "min kl decode_ms", "minimise kl", ""])
+def test_bad_objectives(text: str) -> None:
+    with pytest.raises(ObjectiveError, match="can't read the objective"):
+        Objective.parse(text)
+
+
+@pytest.mark.parametrize("text", ["kl <= 0.1", "decode_ms>=2e-3", "memory_mb < 200.", "kl <= .5", "kl > -3"])
+def test_constraints_round_trip(text: str) -> None:
+    constraint = Constraint.parse(text)
+    assert Constraint.parse(str(constraint)) == constraint
+
+
+def test_a_bound_is_printed_in_full() -> None:
+    constraint = Constraint("bytes", True, 123456789.5)
+    assert Constraint.parse(str(constraint)) == constraint
+
+
+@pytest.mark.parametrize("text", ["kl <= 1.2.3", "kl <= .", "kl = 1", "kl <= x", "<= 1", "kl <= 1 2"])
+def test_bad_constraints(text: str) -> None:
+    with pytest.raises(ObjectiveError, match="can't read the constraint"):
+        Constraint.parse(text)
+
+
+def test_violation_of_a_constraint() -> None:
+    assert Constraint.parse("kl <= 1").violation(3.0) == 2.0
+    assert Constraint.parse("kl >= 1").violation(3.0) == 0.0
+    assert Constraint.parse("kl >= 1").violation(math.nan) == math.inf
+
+
+def test_selections() -> None:
+    selection = Selection.parse("kl <= 0.1, memory_mb <= 5, min decode_ms")
+    assert Selection.parse(str(selection)) == selection
+    assert selection.admits({"kl": 0.1, "memory_mb": 5.0}) and not selection.admits({"kl": 0.1})
+    for text in ("kl <= 0.1", "min kl, min decode_ms"):
+        with pytest.raises(ObjectiveError, match="objectives; write bounds and one objective"):
+            Selection.parse(text)
+
+
+def test_unknown_metrics_are_named() -> None:
+    with pytest.raises(ObjectiveError, match="unknown metric 'kk' in 'min kk'"):
+        check_metrics([Objective("kk")], ["kl"])
