@@ -258,7 +258,7 @@ class ModelWorker:
         metrics |= self._exact(wanted)
         details: dict[str, Any] = {}
         if level.timing and not self._unexecutable(wanted):
-            timed, details = self._time(wanted)
+            timed, details = self._time(wanted, thorough=level.name == "report")
             metrics |= timed
         _check_finite(metrics)
         return asdict(
@@ -289,12 +289,12 @@ class ModelWorker:
             if not found.executes
         ]
 
-    def _time(self, candidate: Candidate) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    def _time(self, candidate: Candidate, *, thorough: bool) -> tuple[dict[str, Estimate], dict[str, Any]]:
         with computing(self.lock):
             self._apply(candidate, serving=True)
         try:
             with timing(self.lock), cpu_threads(self._timing_threads()):
-                return self.workload.time(self.built)
+                return self.workload.time(self.built, thorough=thorough)
         finally:
             self._restore()
 

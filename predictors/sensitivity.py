@@ -3,8 +3,8 @@
 All methods return ``ProfileResult`` moments whose samples are folds of calibration sequences. Costs are in
 nats a token where the method allows it, else in the method's own unit (only their ratios matter then).
 
-- ``fisher``: half of sum(g^2 * dW^2): second-order Taylor term with the empirical diagonal Fisher as Hessian.
-  ``g`` is the gradient of a sequence's summed loss.
+- ``fisher``: half of sum(g^2 * dW^2): second-order Taylor term of the KL with the diagonal Fisher as Hessian;
+  ``g`` is the gradient of a sequence's summed loss on labels sampled from the model.
 - ``first_order``: |sum(g * dW)| of the averaged gradient (LLM-MQ, section 3.2).
 - ``activation``: ||X dW'||^2 / ||X W'||^2, the relative output error on calibration activations (of an
   embedding: of the rows that calibration tokens look up).
@@ -52,7 +52,7 @@ def gradient_sensitivity(
     method: str = "fisher",
     folds: int = 4,
 ) -> ProfileResult:
-    """``fisher`` or ``first_order`` costs from backward passes of the next-token loss.
+    """``fisher`` or ``first_order`` costs from one backward pass a sequence.
 
     Args:
         built: the model in its original state.
@@ -107,9 +107,7 @@ def _decision_cost(
         # A weight that no sequence reached (an expert without tokens) has no gradient, hence no cost.
         change = delta(parts[path], option) if path in parts and path in sums else None
         if change is not None:
-            change = change.to(sums[path].device)
-            term = change.square_() if method == "fisher" else change
-            total += float(torch.dot(sums[path].flatten(), term.flatten()))
+            total += _dot(sums[path], change.square_() if method == "fisher" else change)
     # The absolute value is taken over the whole decision, after the sum, as in LLM-MQ.
     return abs(total)
 
@@ -117,11 +115,12 @@ def _decision_cost(
 def _accumulate(
     built: Built, sequences: torch.Tensor, parts: Mapping[str, Part], *, squared: bool
 ) -> dict[str, torch.Tensor]:
-    """Sum over sequences of g^2 (or of g) of the next-token loss: path -> float32 ``[out, in]``."""
+    """Sum over sequences of g^2 (sampled labels) or of g (the text): path -> float32 ``[out, in]``."""
     sums: dict[str, torch.Tensor] = {}
     with _gradients(built, parts) as backward:
         for sequence in sequences:
-            backward(_sequence_loss(built, sequence[None]), sums, squared=squared)
+            loss = _sequence_loss(built, sequence[None], "sampled" if squared else "text")
+            backward(loss, sums, squared=squared)
     return {path: _as_rows(built, path, total) for path, total in sums.items()}
 
 
@@ -191,7 +190,7 @@ def neighbourhood_sensitivity(
     """Change of the KL (nats a token) when one decision leaves ``current``, around the model as it is now.
 
     First order from the gradient of KL(uncompressed || current); second order half of sum(g^2 * dW^2)
-    with the next-token loss's gradients there (empirical Fisher).
+    with the Fisher of the current model (see ``sampled_loss``).
 
     Args:
         built: the model at ``current`` in its scoring state.
@@ -217,7 +216,7 @@ def neighbourhood_sensitivity(
                 kl = divergence(logits, positions[i])
                 total += float(kl.detach())
                 backward(kl, first, squared=False, retain=True)
-                backward(_next_token_loss(logits, ids), second, squared=True)
+                backward(sampled_loss(logits, seed=positions[i]), second, squared=True)
         tokens = len(fold) * sequences.shape[1]
         _add(rows[BASE], "kl", total / tokens)
         slopes = {
@@ -251,15 +250,31 @@ def _leaving_cost(
     return cost
 
 
-def _sequence_loss(built: Built, ids: torch.Tensor) -> torch.Tensor:
-    """Summed next-token cross-entropy of one sequence in nats, a scalar."""
+def _sequence_loss(built: Built, ids: torch.Tensor, labels: str) -> torch.Tensor:
+    """Summed cross-entropy of one sequence in nats, a scalar: on the text, or on sampled labels."""
     logits = built.model(input_ids=ids.to(built.device), use_cache=False).logits
-    return _next_token_loss(logits, ids)
+    return sampled_loss(logits, seed=int(ids.sum())) if labels == "sampled" else _text_loss(logits, ids)
 
 
-def _next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _text_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     targets = ids[:, 1:].flatten().to(logits.device)
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum")
+
+
+def sampled_loss(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Summed cross-entropy on labels drawn from the model's own distribution, ``logits [1, L, V]``.
+
+    The squares of its gradients estimate the Fisher matrix proper, which is the Hessian of the KL at the
+    model. Squares of the text's gradients (the "empirical Fisher") overestimate it several times, the more
+    the worse the model predicts the text.
+    """
+    rows = logits.float().flatten(0, 1)
+    generator = torch.Generator(device=rows.device).manual_seed(seed)
+    with torch.no_grad():
+        # Exponential race: argmax of p / e draws from p without a cumulative sum over the vocabulary.
+        race = torch.empty_like(rows).exponential_(generator=generator)
+        labels = (rows.softmax(-1) / race).argmax(-1)
+    return torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
 
 
 def _weight(built: Built, path: str) -> torch.nn.Parameter:
@@ -304,6 +319,10 @@ def _output_error(
     product = gram(part.path)
     weight = _as_rows(built, owner.path, _weight(built, owner.path).detach()).float()
     return _quadratic(change, product) / max(_quadratic(weight, product), 1e-30)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a.flatten(), b.to(a.device).flatten()))
 
 
 def _quadratic(weight: torch.Tensor, gram: torch.Tensor) -> float:

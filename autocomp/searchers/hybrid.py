@@ -6,7 +6,7 @@ tables, allocations near measured front points under corrected and sampled table
 was learned holds where it was measured), and mutated front points. Where the study can profile around a
 candidate, costs are estimated anew at front points, and allocation goes on from there. The pool is ranked
 by expected hypervolume improvement, and a batch is picked one by one as if the picks before had been
-measured.
+measured. With one objective there is no front to cover: see ``descent``.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class HybridSearcher:
         if n <= 0:
             return []
         if self.descent is not None:
-            plans = self.descent.ask(history, pending)[:n]
-            if plans or pending or len(self.descent.local()) < self.profiles:
-                return plans
+            return self.descent.ask(history, pending)[:n]
         usable = [t for t in history if is_feasible(t, self.problem.objectives)]
         own = _own(usable)
         if len(own) < self.first or len(usable) < 2:

@@ -65,7 +65,9 @@ class FakeWorker:
 
     def profile(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request["kind"] == "operations":
-            rows = {key: dict.fromkeys(request["metrics"], (1, BITS[key[3:]], 0.0)) for key in request["keys"]}
+            rows = {
+                key: dict.fromkeys(request["metrics"], (1, BITS[key[3:]], 0.0)) for key in request["keys"]
+            }
             return ProfileResult("operations", rows).to_json()
         mine = list(enumerate(self.names))[request["shard"] :: request["shards"]]
         found = {n: {o: (1, self.weight(i) * LOSS[o], 0.0) for o in OPTIONS} for i, n in mine}

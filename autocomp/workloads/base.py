@@ -59,8 +59,11 @@ class Workload(ABC):
         """Quality of the model as it is now on ``fidelity.split``; also the number of tokens scored."""
 
     @abstractmethod
-    def time(self, built: Built) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """Latency and peak memory of the serving model in the scenario, and details for the record."""
+    def time(self, built: Built, *, thorough: bool = True) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """Latency and memory of the serving model in the scenario, and details for the record.
+
+        ``thorough`` asks for what is only worth its time on a final candidate.
+        """
 
     @abstractmethod
     def save(self, built: Built, folder: Path) -> None:

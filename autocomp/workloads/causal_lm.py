@@ -105,6 +105,7 @@ class CausalLM(Workload):
     timing_metrics: ClassVar[Mapping[str, str]] = {
         "prefill_ms": "ms for one batch of prompts",
         "decode_ms": "ms for one token of every sequence in the batch",
+        "resident_mb": "10**6 bytes of weights as the kernels hold them",
         "peak_mb": "10**6 bytes while serving: weights, caches, activations",
     }
     config: CausalLMConfig
@@ -234,8 +235,8 @@ class CausalLM(Workload):
 
         return summed_divergence(logits[0], built.state["teachers"][split], index)
 
-    def time(self, built: Built) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """``prefill_ms``, ``decode_ms`` and ``peak_mb`` of the serving model; see ``serving.measure``."""
+    def time(self, built: Built, *, thorough: bool = True) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """The timing metrics of the serving model; see ``serving.measure``. ``thorough`` adds ``generate_ms``."""
         from autocomp.workloads.serving import Server, measure
 
         s = self.config.scenario
@@ -245,7 +246,7 @@ class CausalLM(Workload):
         server = Server(
             built.model, tokens, prompt=s.prompt_tokens, context=s.context_tokens, steps=s.decode_tokens
         )
-        return measure(server, repeats=s.repeats, threads=s.threads, device=built.device)
+        return measure(server, repeats=s.repeats, threads=s.threads, device=built.device, generate=thorough)
 
     def save(self, built: Built, folder: Path) -> None:
         """Write configuration, generation configuration and tokenizer files to ``folder``; no weights."""

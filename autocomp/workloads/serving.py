@@ -115,12 +115,14 @@ class Server:
 
 
 def measure(
-    server: Server, *, repeats: int, threads: int, device: str
+    server: Server, *, repeats: int, threads: int, device: str, generate: bool = True
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Time ``server``: ``prefill_ms`` (one prompt batch), ``decode_ms`` (one token of every sequence in the
-    batch) and ``peak_mb`` (10**6 bytes: resident weights plus the largest working memory while serving,
-    caches and activations included), with details for the record (``generate_ms``: a token through
-    ``model.generate``, Python overhead included; ``None`` where it fails).
+    batch), ``resident_mb`` (10**6 bytes of weights as the kernels hold them) and ``peak_mb`` (those plus the
+    largest working memory while serving, caches and activations included), with details for the record.
+
+    With ``generate``, the details hold ``generate_ms`` too: a token through ``model.generate``, whose Python
+    overhead hides the weights of a small model; ``None`` where it fails.
     """
     steps = len(server.steps)
 
@@ -133,23 +135,26 @@ def measure(
             prefill = time_calls(server.prefill, warmup=WARMUP, repeats=repeats, device=device)
             server.prepare_decode()
             decode = per_token(server.decode, repeats)
-        generate_ms, reason = _try_generate(lambda: per_token(server.generate, min(3, repeats)))
+        if generate:
+            generate_ms, reason = _try_generate(lambda: per_token(server.generate, min(3, repeats)))
+    resident = weights_bytes(server.model)
     metrics = {
         "prefill_ms": Estimate(prefill.median_ms, prefill.stderr_ms, prefill.n),
         "decode_ms": Estimate(decode.median_ms, decode.stderr_ms, decode.n),
-        "peak_mb": Estimate((weights_bytes(server.model) + peak.increase_bytes) / 1e6),
+        "resident_mb": Estimate(resident / 1e6),
+        "peak_mb": Estimate((resident + peak.increase_bytes) / 1e6),
     }
-    details = {
+    details: dict[str, Any] = {
         "prefill": {"iqr_ms": prefill.iqr_ms, "n": prefill.n, "dropped": prefill.dropped},
         "decode": {
             "iqr_ms": decode.iqr_ms, "n": decode.n, "dropped": decode.dropped,
             "steps": steps, "rewind": server.rewinding,
         },
-        "generate_ms": generate_ms, "conditions": record, "threads": in_force, "load": record["load"],
+        "conditions": record, "threads": in_force, "load": record["load"],
         "prefill_logits": "last" if server.last_only else "all", "peak_memory": peak.method,
     }  # fmt: skip
-    if reason:
-        details["generate_error"] = reason
+    if generate:
+        details |= {"generate_ms": generate_ms} | ({"generate_error": reason} if reason else {})
     return metrics, details
 
 

@@ -6,7 +6,7 @@ Same 210 linears, same options (3, 4, 6, 8 bits, symmetric round-to-nearest, gro
 tokens. No method sees more than those tokens: candidates are measured on them as well.
 
 - ``uniform``: the widest option within the budget, everywhere;
-- ``random``: the best of 20 random feasible assignments by measured KL;
+- ``random``: the best of 20 random feasible assignments by KL on four of the sequences;
 - ``ilp``: Fisher sensitivities, solved; nothing is measured;
 - ``hybrid``: ``autocomp.search`` with the default searcher: solve, measure, profile around the incumbent,
   solve again; the measured candidate with the lowest KL.
@@ -41,6 +41,7 @@ from autocomp.worker import ModelWorker
 
 OPTIONS = ["w3g64", "w4g64", "w6g64", "w8g64"]
 RANDOM_DRAWS = 20
+RANDOM_SEQUENCES = 4
 
 
 class CalibrationWorker(ModelWorker):
@@ -77,7 +78,7 @@ def make_job(
         "space": [{"bitwidths": {"options": OPTIONS, "granularity": granularity, "method": "rtn"}}],
         "objectives": ["min kl"],
         "sensitivity": {"method": "fisher", "sequences": sequences},
-        "searcher": {"name": "hybrid", "seed": seed},
+        "searcher": {"name": "hybrid", "seed": seed, "options": {"profiles": 3}},
         "budget": {"trials": trials},
         "validation": {"audit": 0, "promote": 1, "report": 1},
         "tracking": {"uri": "", "optuna": False},
@@ -130,7 +131,7 @@ def random_best(worker: ModelWorker, job: Job, budget: float, seed: int) -> tupl
     limited = Job.of({**job.resolved(), "constraints": [f"avg_bits <= {budget}"]}).parsed_constraints()
     space = make_plan(description, job.parsed_objectives(), limited).space
     rng = np.random.default_rng(seed)
-    level = {"name": "proxy", "split": "proxy", "sequences": 0, "timing": False}
+    level = {"name": "proxy", "split": "proxy", "sequences": RANDOM_SEQUENCES, "timing": False}
     drawn = [space.sample(rng) for _ in range(RANDOM_DRAWS)]
     scores = [worker.measure(c.to_json(), level)["metrics"]["kl"]["value"] for c in drawn]
     return drawn[int(np.argmin(scores))], scores
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--budgets", default="3.5,4,4.5,5,6")
-    parser.add_argument("--methods", default="uniform,random,ilp,ilp-tied,hybrid,hybrid-tied")
+    parser.add_argument("--methods", default="uniform,ilp,hybrid,random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
