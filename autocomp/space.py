@@ -75,7 +75,7 @@ class Interval:
         if value is None:
             return self.nullable
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and self.low <= float(value) <= self.high  # type: ignore[arg-type]
+        return is_number and self.low <= float(value) <= self.high
 
     def sample(self, rng: np.random.Generator) -> Value:
         if self.nullable and rng.random() < 0.5:

@@ -471,6 +471,7 @@ class History:
         self.trials: list[Trial] = []
         self._by_key: dict[tuple[str, str], Trial] = {}
         self._by_level: dict[str, list[Trial]] = {}
+        self._best: dict[Objective, tuple[float | None, int]] = {}
         for trial in trials:
             self.add(trial)
 
@@ -490,8 +491,15 @@ class History:
         return next((f for f in (REPORT, SELECTION) if self.at(f)), PROXY)
 
     def best(self, objective: Objective) -> float | None:
-        values = [v for t in self.at(PROXY) if (v := t.value(objective.metric)) == v]
-        return min(values, key=objective.loss) if values else None
+        """The best value of an objective at the search fidelity; brought up to date as trials come."""
+        trials = self.at(PROXY)
+        best, seen = self._best.get(objective, (None, 0))
+        for trial in trials[seen:]:
+            value = trial.value(objective.metric)
+            if value == value and (best is None or objective.loss(value) < objective.loss(best)):
+                best = value
+        self._best[objective] = (best, len(trials))
+        return best
 
     def __len__(self) -> int:
         return len(self.trials)

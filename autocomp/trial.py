@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from autocomp.space import Candidate
@@ -71,6 +71,10 @@ class Failure:
     reason: str
 
 
+def _rows(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: vars(estimate) for name, estimate in metrics.items()}
+
+
 @dataclass(frozen=True)
 class Trial:
     """A candidate at a fidelity, with its measurement or its failure; immutable.
@@ -110,9 +114,18 @@ class Trial:
         return 0.0 if estimate is None else estimate.stderr
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        data["candidate"] = self.candidate.to_json()
-        return data
+        # Spelled out: ``asdict`` copies every nested value and would be a third of the driver's time.
+        m = self.measurement
+        return {
+            "number": self.number,
+            "candidate": self.candidate.to_json(),
+            "fidelity": vars(self.fidelity),
+            "origin": self.origin,
+            "measurement": None if m is None else {**vars(m), "metrics": _rows(m.metrics)},
+            "failure": None if self.failure is None else vars(self.failure),
+            "worker": self.worker,
+            "attempts": self.attempts,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:

@@ -15,8 +15,8 @@ from autocomp.journal import read_records
 from autocomp.searchers.base import Problem, Searcher
 from autocomp.searchers.random import RandomSearcher
 from autocomp.study import Event, Study, StudyResult, hypervolume_curve
-from autocomp.trial import Trial
 from autocomp.testing.fakes import FakeWorker, InlineExecutor
+from autocomp.trial import Trial
 
 JOB: dict[str, Any] = {
     "workload": {"kind": "causal_lm", "model": "none"},
@@ -131,7 +131,7 @@ def test_failing_candidates_are_trials_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_what_nothing_executes_is_left_out_with_a_note(tmp_path: Path) -> None:
-    result, worker, events = run(tmp_path, FakeWorker(unexecutable="w3g64"))
+    _, _, events = run(tmp_path, FakeWorker(unexecutable="w3g64"))
     assert any("w3g64 is left out" in e.text for e in events)
     chosen = {v for t in trials(tmp_path) for v in t.candidate.values.values()}
     assert "w3g64" not in chosen and "w4g64" in chosen

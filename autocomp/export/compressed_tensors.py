@@ -2,6 +2,10 @@
 
 Mixed bits become one config group per scheme with the modules' names as targets. Servers that fuse q/k/v
 and gate/up need one scheme within each (``granularity: tied``); ``supports`` says when that is not so.
+What a reader makes of a scheme is its own affair: 4 and 8 bits run everywhere, other widths in recent
+versions of vLLM and in transformers. The loader of transformers 5.23 with compressed-tensors 0.20 expects
+zero points in their unpacked shape and refuses asymmetric schemes, which the package's own decompression
+and the servers read.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,12 +70,22 @@ def draw(space: SearchSpace, rng: np.random.Generator, tables: Sequence[Additive
 
 
 def _draw_option(d: Decision, rng: np.random.Generator, table: AdditiveTable | None, tilt: float) -> Value:
-    if table is None or not isinstance(d.domain, Choice) or d.name not in table.costs:
+    """An option with probability proportional to ``exp(tilt * cost)``, costs scaled to 0..1.
+
+    Plain floats: rows have a few options, and arrays of that size cost more than they save.
+    """
+    row = None if table is None else table.costs.get(d.name)
+    if row is None or not isinstance(d.domain, Choice):
         return d.domain.sample(rng)
-    costs = np.array([table.cost(d.name, o) for o in d.options])
-    known = np.isfinite(costs)
-    width = float(np.ptp(costs[known])) if known.any() else 0.0
+    known = [(o, row[o]) for o in d.options if math.isfinite(row.get(o, math.nan))]
+    low = min((c for _, c in known), default=0.0)
+    width = max((c for _, c in known), default=0.0) - low
     if width <= 0:
         return d.domain.sample(rng)
-    weight = np.where(known, np.exp(tilt * (np.where(known, costs, 0.0) - costs[known].min()) / width), 0.0)
-    return d.options[int(rng.choice(len(costs), p=weight / weight.sum()))]
+    weights = [math.exp(tilt * (cost - low) / width) for _, cost in known]
+    left = rng.random() * sum(weights)
+    for (option, _), weight in zip(known, weights):
+        left -= weight
+        if left < 0:
+            return option
+    return known[-1][0]

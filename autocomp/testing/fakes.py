@@ -9,9 +9,9 @@ from typing import Any
 
 from autocomp.description import Description
 from autocomp.executors.base import Outcome, WorkItem
-from autocomp.profile import ProfileResult
+from autocomp.profile import Moments, ProfileResult
 from autocomp.search_spaces.base import ModelSite, Part, Resources
-from autocomp.space import AdditiveTable, Candidate, Choice, Decision, SearchSpace
+from autocomp.space import AdditiveTable, Candidate, Choice, Decision, SearchSpace, Value
 from autocomp.trial import Estimate, Failure, Measurement
 
 OPTIONS = ("w3g64", "w4g64", "w8", "w16")
@@ -32,14 +32,16 @@ class FakeWorker:
             Decision(n, Choice(OPTIONS, ordered=True), (n.partition("/")[2],), "bitwidths", i)
             for i, n in enumerate(self.names)
         )
-        resources = {
+        resources: dict[str, dict[Value, Resources]] = {
             d.name: {
                 o: Resources({"memory_mb": BITS[o]}, {f"op/{o}": 1}, *self._execution(o)) for o in OPTIONS
             }
             for d in decisions
         }
-        memory = {d.name: {o: BITS[o] for o in OPTIONS} for d in decisions}
-        bits = {d.name: {o: BITS[o] / len(decisions) for o in OPTIONS} for d in decisions}
+        memory: dict[str, dict[Value, float]] = {d.name: {o: BITS[o] for o in OPTIONS} for d in decisions}
+        bits: dict[str, dict[Value, float]] = {
+            d.name: {o: BITS[o] / len(decisions) for o in OPTIONS} for d in decisions
+        }
         parts = tuple(Part(d.sites[0], "linear", (8, 8), i) for i, d in enumerate(decisions))
         return Description(
             site=ModelSite("fake", parts, 0, "f" * 8),
@@ -70,7 +72,9 @@ class FakeWorker:
             }
             return ProfileResult("operations", rows).to_json()
         mine = list(enumerate(self.names))[request["shard"] :: request["shards"]]
-        found = {n: {o: (1, self.weight(i) * LOSS[o], 0.0) for o in OPTIONS} for i, n in mine}
+        found: dict[str, dict[Value, Moments]] = {
+            n: {o: (1, self.weight(i) * LOSS[o], 0.0) for o in OPTIONS} for i, n in mine
+        }
         return ProfileResult(request["kind"], found).to_json()
 
     def measure(self, candidate: Mapping[str, Any], fidelity: Mapping[str, Any]) -> dict[str, Any]:

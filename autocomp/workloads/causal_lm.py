@@ -236,7 +236,7 @@ class CausalLM(Workload):
         return summed_divergence(logits[0], built.state["teachers"][split], index)
 
     def time(self, built: Built, *, thorough: bool = True) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """The timing metrics of the serving model; see ``serving.measure``. ``thorough`` adds ``generate_ms``."""
+        """The timing metrics; see ``serving.measure``. ``thorough`` adds ``generate_ms``."""
         from autocomp.workloads.serving import Server, measure
 
         s = self.config.scenario

@@ -1,6 +1,6 @@
 """KL of every assignment on text that no method saw; writes ``results.json`` and prints the table.
 
-    python evaluate.py --model DIR --text FILE --out results.json ours_seed0.json modelopt-gradient_seed0.json ...
+    python evaluate.py --model DIR --text FILE --out results.json ours_seed0.json auto-round_seed0.json ...
 
 The last 30 % of the text is held out (``peers.py`` and ``ours.py`` draw from the first 60 %). All assignments
 are applied with one quantizer, symmetric round-to-nearest in groups of 64, to one float32 model.
