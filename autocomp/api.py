@@ -154,7 +154,7 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
     """
     if not Path(folder).is_dir():
         raise ExportError(f"there is no folder {str(folder)!r}")
-    from autocomp.export.native import load_native
+    from autocomp.exporters.native import load_native
 
     return load_native(Path(folder), device)
 

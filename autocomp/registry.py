@@ -72,8 +72,8 @@ SPACES = Registry("space", {"bitwidths": "autocomp.search_spaces.bitwidths:Bitwi
 EXPORTERS = Registry(
     "exporter",
     {
-        "compressed-tensors": "autocomp.export.compressed_tensors:CompressedTensorsExporter",
-        "native": "autocomp.export.native:NativeExporter",
+        "compressed-tensors": "autocomp.exporters.compressed_tensors:CompressedTensorsExporter",
+        "native": "autocomp.exporters.native:NativeExporter",
     },
 )
 TRACKERS = Registry(

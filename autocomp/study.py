@@ -351,20 +351,29 @@ class Study:
     def _validate(self) -> None:
         front = ParetoFront.of(self.history.at(SELECTION), self.objectives, self.constraints)
         chosen = spread([p.trial for p in front.front], self.objectives, self.job.validation.report)
-        wanted = dict.fromkeys([*self.plan.baselines, *(t.candidate for t in chosen)])
-        self._measure(list(wanted), REPORT, "validate")
+        self._measure([t.candidate for t in chosen], REPORT, "validate", self.plan.baselines)
 
     # -- measuring ---------------------------------------------------------------------------------
 
-    def _measure(self, candidates: Sequence[Candidate], level: Fidelity, origin: str) -> list[Trial]:
-        """Measure what is not in the history yet; all of the candidates' trials, in order."""
-        for candidate in candidates:
+    def _measure(
+        self,
+        candidates: Sequence[Candidate],
+        level: Fidelity,
+        origin: str,
+        baselines: Sequence[Candidate] = (),
+    ) -> list[Trial]:
+        """Measure what is not in the history yet; all of the candidates' trials, in order.
+
+        ``baselines`` are measured in the same go and keep that name as their origin.
+        """
+        wanted = dict.fromkeys(baselines, "baseline") | {c: origin for c in candidates if c not in baselines}
+        for candidate, asked_by in wanted.items():
             if self.history.find(candidate, level) is None:
-                self._submit(candidate, level, origin)
+                self._submit(candidate, level, asked_by)
         while self.executor.busy():
             for trial in self._drain():
                 self._report(trial)
-        found = [self.history.find(c, level) for c in candidates]
+        found = [self.history.find(c, level) for c in wanted]
         return [t for t in found if t is not None]
 
     def _submit(self, candidate: Candidate, level: Fidelity, origin: str) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from autocomp.description import Description
 from autocomp.errors import CapabilityError, ExportError
-from autocomp.export.base import Exporter
+from autocomp.exporters.base import Exporter
 from autocomp.job import Job
 from autocomp.measure import device as devices
 from autocomp.measure.quiet import computing, default_path, timing

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import autocomp
-from autocomp.api import front_of, worker_shape
+from autocomp.api import front_of, measure, worker_shape
 from autocomp.errors import ExportError, InfeasibleError, RunError, SpaceError
 from autocomp.journal import read_records
 from autocomp.search_spaces.weights import WeightSwapper
@@ -46,9 +47,27 @@ def worker(make_worker: MakeWorker) -> ModelWorker:
     return make_worker("llama", options=OPTIONS)
 
 
+@dataclass
+class Killer:
+    """Kills the only worker process, once, while it works on a trial."""
+
+    pid: int = 0
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "trial" and event.busy and event.done >= 4 and not self.pid:
+            (process,) = multiprocessing.active_children()
+            assert process.pid is not None
+            self.pid = process.pid
+            os.kill(self.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def finished(job: Json, tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
-    return autocomp.search(job, run_dir=tmp_path_factory.mktemp("runs") / "run")
+    """A whole search with a worker process that dies on the way."""
+    killer = Killer()
+    found = autocomp.search(job, run_dir=tmp_path_factory.mktemp("runs") / "run", on_event=killer)
+    assert killer.pid, "no worker was killed"
+    return found
 
 
 def trials(run_dir: Path) -> list[Trial]:
@@ -61,15 +80,22 @@ def keys(found: Sequence[Trial]) -> list[tuple[str, str]]:
 
 def test_a_search_ends_with_a_validated_front(finished: StudyResult) -> None:
     found = trials(finished.run_dir)
-    assert finished.status == "finished" and all(t.ok for t in found), [t.failure for t in found]
-    assert sum(t.fidelity.name == "proxy" for t in found) == 8 and len(set(keys(found))) == len(found)
+    assert finished.status == "finished" and len(set(keys(found))) == len(found)
+    assert sum(t.fidelity.name == "proxy" for t in found) == 8
     assert {t.fidelity.name for t in found} == {"proxy", "selection", "report"}
     assert finished.front.front and all(p.trial.fidelity.name == "report" for p in finished.front.points)
     assert all(p.trial.value("decode_ms") > 0 for p in finished.front.points)
     uncompressed = next(t for t in found if set(t.candidate.values.values()) == {"w16"})
     assert uncompressed.value("kl") == 0.0
     assert front_of(finished.run_dir) == finished.front
-    assert all(t.worker for t in found)
+
+
+def test_a_killed_worker_is_replaced_and_its_trial_tried_again(finished: StudyResult) -> None:
+    found = trials(finished.run_dir)
+    hit = [t for t in found if t.attempts > 1 or not t.ok]
+    assert len(hit) <= 1, "one death touches one trial"
+    assert all(t.ok or (t.failure is not None and "signal 9" in t.failure.reason) for t in hit)
+    assert sum(t.ok for t in found) >= len(found) - 1
 
 
 def test_the_front_is_exported_and_runs(finished: StudyResult, worker: ModelWorker, tmp_path: Path) -> None:
@@ -105,6 +131,13 @@ def test_resuming_a_finished_run_measures_nothing(finished: StudyResult, worker:
     assert (finished.run_dir / "journal.jsonl").read_bytes() == before
 
 
+def test_public_functions_are_no_packages() -> None:
+    """A package of the same name would take a function's place as soon as something imports it."""
+    import pkgutil
+
+    assert not {m.name for m in pkgutil.iter_modules(autocomp.__path__)} & set(autocomp.__all__)
+
+
 def test_folders_that_are_no_runs_or_exports_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no native export"):
         autocomp.load(tmp_path)
@@ -118,14 +151,14 @@ def test_folders_that_are_no_runs_or_exports_are_named(tmp_path: Path) -> None:
 
 
 def test_measure_takes_one_option_everywhere_or_a_candidate(job: Json) -> None:
-    found = autocomp.measure(job, {"*": "w8"})
+    found = measure(job, {"*": "w8"})
     assert found.fidelity.name == "report" and set(found.candidate.values.values()) == {"w8"}
     assert found.value("kl") > 0 and found.value("decode_ms") > 0
     assert found.value("avg_bits") == pytest.approx(8.0)
-    same = autocomp.measure(job, found.candidate, overrides=["workload.scenario.repeats=1"])
+    same = measure(job, found.candidate, overrides=["workload.scenario.repeats=1"])
     assert same.value("kl") == found.value("kl")
     with pytest.raises(SpaceError, match="'w5' is not in"):
-        autocomp.measure(job, {"*": "w5"})
+        measure(job, {"*": "w5"})
 
 
 def test_cores_are_shared_out() -> None:
@@ -166,6 +199,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> Any:
     raise AssertionError("it did not happen in time")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_at_most_what_was_under_way(
     job: Json, worker: ModelWorker, tmp_path: Path
 ) -> None:
@@ -200,26 +234,7 @@ def test_a_killed_driver_loses_at_most_what_was_under_way(
     assert sum(t.fidelity.name == "proxy" for t in after) == 8
 
 
-def test_a_killed_worker_is_replaced_and_its_trial_tried_again(job: Json, tmp_path: Path) -> None:
-    killed: list[int] = []
-
-    def kill_once(event: Event) -> None:
-        if event.kind == "trial" and event.busy and event.done >= 4 and not killed:
-            (process,) = multiprocessing.active_children()
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-
-    found = autocomp.search(job, run_dir=tmp_path / "run", on_event=kill_once)
-    after = trials(tmp_path / "run")
-    assert killed and found.status == "finished"
-    assert sum(t.fidelity.name == "proxy" for t in after) == 8 and len(set(keys(after))) == len(after)
-    hit = [t for t in after if t.attempts > 1 or t.failure is not None]
-    assert len(hit) <= 1, "one death touches one trial"
-    assert all(t.ok or (t.failure is not None and "signal 9" in t.failure.reason) for t in hit)
-
-
-# -- profiles around candidates -------------------------------------------------------------------------------
+# -- profiles around candidates ------------------------------------------------------------
 
 
 def test_hybrid_search_under_one_budget_profiles_around_its_incumbents(

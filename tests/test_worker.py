@@ -288,7 +288,7 @@ def test_a_crash_in_the_middle_leaves_no_half_export(
     def fails(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("autocomp.export.base.save_file", fails)
+    monkeypatch.setattr("autocomp.exporters.base.save_file", fails)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else ExportError
     with pytest.raises(expected):
         llama.export(uniform(llama, "w8"), format, str(tmp_path / "out"))

@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM
 
 from autocomp.errors import CapabilityError, ExportError
-from autocomp.export.compressed_tensors import CompressedTensorsExporter, quantization_config
+from autocomp.exporters.compressed_tensors import CompressedTensorsExporter, quantization_config
 from autocomp.quantize.scheme import Scheme
 from autocomp.space import Candidate
 from autocomp.worker import ModelWorker

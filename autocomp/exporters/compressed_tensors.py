@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import CapabilityError
-from autocomp.export.base import (
+from autocomp.exporters.base import (
     dense_tensors,
     foreign_spaces,
     quantized_parts,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import autocomp
 from autocomp.errors import ExportError
-from autocomp.export.base import quantized_parts, save_sharded
-from autocomp.export.native import NativeExporter, load_native
+from autocomp.exporters.base import quantized_parts, save_sharded
+from autocomp.exporters.native import NativeExporter, load_native
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.search_spaces.weights import WeightSwapper
 from autocomp.space import Candidate
@@ -175,7 +175,7 @@ def test_other_folders_are_no_exports(tmp_path: Path, make_job: Callable[..., di
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autocomp.export.base.SHARD_BYTES", 1000)
+    monkeypatch.setattr("autocomp.exporters.base.SHARD_BYTES", 1000)
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(6)} | {"large": torch.zeros(600)}
     files = save_sharded(tensors, tmp_path, "model")
     assert len(set(files.values())) == 4

@@ -18,7 +18,7 @@ from torch import nn
 
 from autocomp import __version__
 from autocomp.errors import ExportError
-from autocomp.export.base import (
+from autocomp.exporters.base import (
     dense_tensors,
     foreign_spaces,
     quantized_parts,
