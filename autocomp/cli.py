@@ -6,8 +6,6 @@ required is missing, 2 an error that the user can mend, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import logging
 import os
@@ -20,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from autocomp.errors import AutocompError, JobError
+from autocomp.leave import leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -340,19 +339,5 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
-
-
-def _leave(code: int) -> None:
-    """End the process at once when Triton is loaded: its bindings print a page of leaks at a normal exit.
-
-    Exit handlers (Ray's, MLflow's, logging's) run first; without Triton this does nothing.
-    """
-    if "triton" not in sys.modules:
-        return
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads the pipe any more
-            stream.flush()
-    os._exit(code)

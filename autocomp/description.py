@@ -30,7 +30,7 @@ class Description:
         metrics: metric -> True when smaller is better: everything that a measurement will hold.
         timing: the metrics among them that need kernels (latency), hence an executing backend.
         profiles: kinds of profile that the worker offers.
-        export_limits: exporter -> reasons why no candidate can be written in that format.
+        export_limits: exporter -> reasons why it can't hold the most compressed candidate.
         device: name of the device, threads included.
         versions: software versions that a measurement depends on.
     """

@@ -158,6 +158,8 @@ class Study:
         self.plan: Plan = make_plan(self.description, self.objectives, self.constraints)
         for note in self.plan.notes:
             self._say("message", note)
+        for name, reasons in self.description.export_limits.items():
+            self._say("message", f"format {name} can't hold every candidate: {reasons[0]}")
         for tracker in self._trackers:
             tracker.start(self.job.resolved(), self.run_dir)
         for trial in self.history.trials:

@@ -102,7 +102,14 @@ class ModelWorker:
             profiles=(*(f"sensitivity:{m}" for m in sensitivity.METHODS), *self._local_profiles()),
             device=devices.device_name(self.device, self._timing_threads()),
             versions=devices.software_versions(),
+            export_limits=self._export_limits(space),
         ).to_json()
+
+    def _export_limits(self, space: SearchSpace) -> dict[str, tuple[str, ...]]:
+        """Exporter -> why it can't hold the most compressed candidate; without those that can."""
+        smallest = Candidate.of({d.name: d.options[0] for d in space if d.options})
+        limits = {name: tuple(EXPORTERS.get(name)().supports(self, smallest)) for name in EXPORTERS.names()}
+        return {name: reasons for name, reasons in limits.items() if reasons}
 
     def _local_profiles(self) -> tuple[str, ...]:
         able = hasattr(self.workload, "divergence") and all(hasattr(s, "move") for s in self.spaces)

@@ -43,9 +43,7 @@ def test_the_python_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_commands_and_their_options_exist() -> None:
-    lines = [
-        line.partition("#")[0].split() for text in blocks("bash") for line in text.splitlines() if line
-    ]
+    lines = [line.partition("#")[0].split() for text in blocks("bash") for line in text.splitlines() if line]
     commands = [words for words in lines if words and words[0] == "autocomp"]
     assert len(commands) >= 6
     for words in commands:

@@ -19,6 +19,7 @@ from autocomp.errors import CapabilityError, JobError
 from autocomp.executors._pool import PooledExecutor, WorkerDied, pickled_spec
 from autocomp.executors._process import WorkerHost, worker_environment
 from autocomp.executors.base import WorkerSpec
+from autocomp.leave import leave
 
 _SPAWN = get_context("spawn")  # a forked child would inherit torch's thread pools and locks, and CUDA
 _SPAWN_LOCK = threading.Lock()
@@ -39,6 +40,7 @@ def serve(pipe: connection.Connection, payload: bytes) -> None:
             try:
                 call = pipe.recv_bytes()
             except (EOFError, OSError):
+                leave()
                 return
             pipe.send_bytes(host.call(call))
 

@@ -21,25 +21,8 @@ from autocomp.quantize.tensor import QuantizedTensor
 
 Check = Callable[[Backend, str], None]
 
-SCHEMES = (
-    *tuple(
-        Scheme.parse(label)
-        for label in (
-            "w2g64",
-            "w3g64",
-            "w3g32a",
-            "w4g32",
-            "w4g64a",
-            "w4g128",
-            "w4",
-            "w5g64",
-            "w6g64a",
-            "w8",
-            "w8g64",
-        )
-    ),
-    Scheme.parse("w4g64o0.5"),
-)
+LABELS = "w2g64 w3g64 w3g32a w4g32 w4g64a w4g128 w4 w4g64o0.5 w5g64 w6g64a w8 w8g64"
+SCHEMES = tuple(Scheme.parse(label) for label in LABELS.split())
 SHAPES = ((64, 128), (192, 576), (17, 72), (256, 1536), (1, 64), (33, 200))
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Largest relative error (Frobenius norm) against float64 on the dequantized weight, by activation dtype.

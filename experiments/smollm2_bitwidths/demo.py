@@ -19,12 +19,13 @@ from rich.console import Console
 
 import autocomp
 from autocomp import report
+from autocomp.leave import leave
 from autocomp.progress import make_display
 from autocomp.trial import Trial
 
 HERE = Path(__file__).parent
 GENERATE = """
-import sys, autocomp
+import sys, autocomp, autocomp.leave
 from transformers import AutoTokenizer
 model = autocomp.load(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -32,6 +33,7 @@ chat = [{"role": "user", "content": sys.argv[2]}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 out = model.generate(**ids, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+autocomp.leave.leave()
 """
 
 
@@ -79,3 +81,4 @@ def _is_uncompressed(trial: Trial) -> bool:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 import autocomp
+from autocomp.leave import leave
 from autocomp.measure.device import device_name, software_versions
 from autocomp.pareto import ParetoFront
 from autocomp.progress import make_display
@@ -100,3 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
