@@ -88,9 +88,8 @@ def assignments(path: Path) -> Iterator[tuple[str, str, int, Mapping[str, Any], 
                 own = data["phases"][f"{method} {budget}"]["cpu_seconds"]
                 yield method, budget, data["seed"], answer, own + shared
         return
-    for key, suffix in (("budgets", ""), ("tied_budgets", "-tied")):
-        for budget, answer in data.get(key, {}).items():
-            yield data["tool"] + suffix, budget, data["seed"], answer, data["cpu_seconds"]
+    for budget, answer in data["budgets"].items():
+        yield data["tool"], budget, data["seed"], answer, data["cpu_seconds"]
 
 
 def table(rows: list[Row]) -> str:
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
