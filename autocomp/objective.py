@@ -57,10 +57,15 @@ class Constraint:
         return cls(match[1], match[2].startswith("<"), float(match[3]))
 
     def violation(self, value: float) -> float:
-        """How far ``value`` is outside the bound (0 inside), in the metric's unit. NaN is outside."""
+        """How far ``value`` is outside the bound (0 inside), in the metric's unit. NaN is outside.
+
+        A billionth of the bound is forgiven: a sum of many floats that meets its bound exactly (4.0 bits on
+        average) may come out a rounding error beyond it.
+        """
         if value != value:
             return float("inf")
-        return max(0.0, value - self.bound if self.upper else self.bound - value)
+        gap = value - self.bound if self.upper else self.bound - value
+        return gap if gap > 1e-9 * max(1.0, abs(self.bound)) else 0.0
 
     def __str__(self) -> str:
         return f"{self.metric} {'<=' if self.upper else '>='} {self.bound:.15g}"

@@ -228,3 +228,10 @@ def test_selections() -> None:
 def test_unknown_metrics_are_named() -> None:
     with pytest.raises(ObjectiveError, match="unknown metric 'kk' in 'min kk'"):
         check_metrics([Objective("kk")], ["kl"])
+
+
+def test_a_rounding_error_does_not_break_a_bound() -> None:
+    total = sum([0.1] * 40)  # 4.000000000000001
+    assert total > 4.0 and Constraint.parse("avg_bits <= 4.0").violation(total) == 0
+    assert Constraint.parse("avg_bits >= 4.0").violation(8.0 - total) == 0
+    assert Constraint.parse("avg_bits <= 4.0").violation(4.00001) > 0
