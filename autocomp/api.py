@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import ExportError, JobError, RunError
 from autocomp.executors.base import Executor, WorkerSpec
+from autocomp.history import REPORT, SELECTION
 from autocomp.job import Job
 from autocomp.journal import read_records
 from autocomp.objective import Objective
@@ -18,7 +19,7 @@ from autocomp.pareto import ParetoFront
 from autocomp.registry import EXECUTORS, SEARCHERS
 from autocomp.searchers.base import Problem, Searcher
 from autocomp.space import Candidate
-from autocomp.study import REPORT, SELECTION, Event, Study, StudyResult
+from autocomp.study import Event, Study, StudyResult
 from autocomp.tracking.base import Tracker
 from autocomp.trial import Fidelity, Measurement, Trial
 

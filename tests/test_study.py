@@ -10,11 +10,12 @@ import pytest
 
 from autocomp.errors import InfeasibleError, JobError, ObjectiveError, RunError
 from autocomp.executors.base import WorkItem
+from autocomp.history import hypervolume_curve
 from autocomp.job import Job
 from autocomp.journal import read_records
 from autocomp.searchers.base import Problem, Searcher
 from autocomp.searchers.random import RandomSearcher
-from autocomp.study import Event, Study, StudyResult, hypervolume_curve
+from autocomp.study import Event, Study, StudyResult
 from autocomp.testing.fakes import FakeWorker, InlineExecutor
 from autocomp.trial import Trial
 
