@@ -158,9 +158,9 @@ class Space(ABC):
         del site
         return SearchSpace(tuple(decisions)).uniform()
 
+    @abstractmethod
     def neutral(self, decision: Decision) -> Value:
         """The option that leaves the model as it was."""
-        raise NotImplementedError(f"space {self.name!r} has no neutral option for {decision.name}")
 
 
 def exact_tables(
