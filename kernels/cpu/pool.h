@@ -1,0 +1,27 @@
+/* Threads of the CPU kernels. Every task of every kernel runs in a region: the calling thread and
+ * threads - 1 workers enter the same function together. Regions are exclusive; a region inside of a region
+ * runs on the calling thread alone. Workers spin for some microseconds after a region, then sleep, so that
+ * successive small operators don't pay for waking a thread and idle ones cost nothing. */
+#ifndef AC_POOL_H
+#define AC_POOL_H
+
+#define AC_MAX_THREADS 256
+
+/* What one thread does in a region: thread is 0 .. threads-1, the same function and context for all. */
+typedef void (*ac_body)(void *context, int thread, int threads);
+
+/* Run body on `threads` threads (at most AC_MAX_THREADS; fewer when the system refuses) and wait for all. */
+void ac_region(int threads, ac_body body, void *context);
+
+/* Inside of a region: wait until all of its `threads` threads are here. */
+void ac_barrier(int threads);
+
+/* The share [first, last) of `thread` when `total` items are cut into runs of multiples of `unit`. */
+static inline void ac_share(long total, long unit, int thread, int threads, long *first, long *last) {
+    long units = (total + unit - 1) / unit;
+    long begin = units * thread / threads, end = units * (thread + 1) / threads;
+    *first = begin * unit < total ? begin * unit : total;
+    *last = end * unit < total ? end * unit : total;
+}
+
+#endif
