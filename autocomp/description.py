@@ -33,6 +33,7 @@ class Description:
         export_limits: exporter -> reasons why it can't hold the most compressed candidate.
         device: name of the device, threads included.
         versions: software versions that a measurement depends on.
+        notes: what the user should know before the search begins.
     """
 
     site: ModelSite
@@ -46,6 +47,7 @@ class Description:
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     export_limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         resources = {
@@ -64,6 +66,7 @@ class Description:
             "device": self.device,
             "versions": dict(self.versions),
             "export_limits": {k: list(v) for k, v in self.export_limits.items()},
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -84,4 +87,5 @@ class Description:
             device=data["device"],
             versions=data["versions"],
             export_limits={k: tuple(v) for k, v in data["export_limits"].items()},
+            notes=tuple(data.get("notes", ())),
         )

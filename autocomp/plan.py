@@ -60,7 +60,8 @@ def make_plan(
     ]
     known = {*description.exact, *description.timing}
     quality = tuple(dict.fromkeys(m for m in named if m not in known))
-    return Plan(space.with_constraints(budgets), baselines, quality, timing, tuple(notes))
+    told = (*(description.notes if timing else ()), *notes)
+    return Plan(space.with_constraints(budgets), baselines, quality, timing, told)
 
 
 def executable_space(description: Description) -> tuple[SearchSpace, list[str]]:

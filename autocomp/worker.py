@@ -26,6 +26,7 @@ from autocomp.exporters.base import Exporter
 from autocomp.job import Job
 from autocomp.measure import device as devices
 from autocomp.measure.quiet import computing, default_path, timing
+from autocomp.objective import Constraint, Objective
 from autocomp.predictors import sensitivity
 from autocomp.predictors.grams import GramStore
 from autocomp.profile import ProfileRequest, ProfileResult
@@ -103,7 +104,23 @@ class ModelWorker:
             device=devices.device_name(self.device, self._timing_threads()),
             versions=devices.software_versions(),
             export_limits=self._export_limits(space),
+            notes=self._notes(),
         ).to_json()
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self._latency_matters():
+            return ()
+        with computing(self.lock), cpu_threads(self._timing_threads()):
+            self._restore()
+            runtime, reason = self.workload.runtime(self.built)
+        return (f"latency is that of the {runtime} runtime: {reason}",) if reason else ()
+
+    def _latency_matters(self) -> bool:
+        named = {
+            *(Objective.parse(o).metric for o in self.job.objectives),
+            *(Constraint.parse(c).metric for c in self.job.constraints),
+        }
+        return not named.isdisjoint(self.workload.timing_metrics)
 
     def _export_limits(self, space: SearchSpace) -> dict[str, tuple[str, ...]]:
         """Exporter -> why it can't hold the most compressed candidate; without those that can."""
@@ -239,9 +256,10 @@ class ModelWorker:
         dtype = self.built.model.dtype
         assert isinstance(dtype, torch.dtype)
         with timing(self.lock), cpu_threads(self._timing_threads()):
+            lean = self.workload.runtime(self.built)[0] == "lean"
             for key in keys[request.shard :: request.shards]:
                 for metric, tokens in metrics.items():
-                    found = time_op(key, tokens, dtype, self.device)
+                    found = time_op(key, tokens, dtype, self.device, lean=lean)
                     n, m, s = found.n, found.median_ms, found.stderr_ms
                     rows.setdefault(key, {})[metric] = (n, n * m, n * (m * m + (n - 1) * s * s))
         return ProfileResult(request.kind, rows, time.perf_counter() - started)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from autocomp.errors import CapabilityError
+from autocomp.kernels import cpu_linear, cpu_step
 from autocomp.kernels.backend import DECODE_TOKENS
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
-from autocomp.kernels.ops import capability, random_weight
+from autocomp.kernels.ops import capability, prepack, random_weight
 from autocomp.measure.timing import Timing, time_calls
 from autocomp.quantize.scheme import Scheme
 
@@ -71,8 +72,10 @@ def time_op(
     *,
     repeats: int = 20,
     min_seconds: float = 0.0,
+    lean: bool = False,
 ) -> Timing:
-    """Time one call through the very modules that serve it (``F.linear``, ``F.embedding`` for ``w16``).
+    """Time one call through the very modules that serve it (``F.linear``, ``F.embedding`` for ``w16``), or
+    through the operations of the lean decode step.
 
     Weights are random and rotate through enough copies that, as in a whole model, each call reads its
     weight from memory and not from a cache. A sample is one round over all copies, divided by their number.
@@ -83,6 +86,8 @@ def time_op(
         dtype: of activations, and of the weights under ``w16``.
         device: ``cpu`` or ``cuda``.
         repeats, min_seconds: as in ``time_calls``.
+        lean: on a CPU and at decode, time the C operations that the lean path runs, without Python between
+            them; more tokens are the modules' business in any case.
 
     Raises:
         CapabilityError: the device can only simulate this linear, so it has no latency there.
@@ -95,6 +100,12 @@ def time_op(
         found = capability(op.scheme, op.shape, torch.device(device).type)
         if not found.native:
             raise CapabilityError(f"{key} has no latency here: {found.reason}")
+    if lean and device == "cpu" and tokens <= DECODE_TOKENS:
+        weights, x = _native_weights(op, tokens, dtype)
+        loop = cpu_step.repeat(weights, x, kind="linear" if op.kind == "linear" else "rows")
+        return time_calls(
+            loop, warmup=2, repeats=repeats, device=device, min_seconds=min_seconds, calls=len(weights)
+        )
     with torch.inference_mode():
         calls = _rotating(op, tokens, dtype, torch.device(device))
 
@@ -109,18 +120,45 @@ def time_op(
 
 def _rotating(op: Operation, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
     """Equal calls, each with a weight of its own."""
+    x = _input(op, tokens).to(device)
+    make = _dense_calls if op.scheme.is_dense else _packed_calls
+    return make(op, x.to(dtype) if x.is_floating_point() else x, _copies(op, tokens, device), dtype, device)
+
+
+def _input(op: Operation, tokens: int) -> torch.Tensor:
+    """Activations, float32 ``[tokens, K]``, or indices, int64 ``[tokens]``."""
     rows, columns = op.shape
     generator = torch.Generator().manual_seed(0)
     if op.kind == "linear":
-        x = torch.randn(tokens, columns, generator=generator).to(device, dtype)
-    else:
-        x = torch.randint(0, rows, (tokens,), generator=generator).to(device)
+        return torch.randn(tokens, columns, generator=generator)
+    return torch.randint(0, rows, (tokens,), generator=generator)
+
+
+def _copies(op: Operation, tokens: int, device: torch.device) -> int:
+    """Weights that are needed for each call to find its own out of the caches."""
+    rows, columns = op.shape
     one = 2 * rows * columns if op.scheme.is_dense else op.scheme.weight_bytes(rows, columns)
     cold = COLD_BYTES_CUDA if device.type == "cuda" else COLD_BYTES
     most = MAX_COPIES if tokens <= DECODE_TOKENS else MAX_COPIES_PREFILL
-    copies = max(1, min(most, -(-cold // max(1, one))))
-    make = _dense_calls if op.scheme.is_dense else _packed_calls
-    return make(op, x, copies, dtype, device)
+    return max(1, min(most, -(-cold // max(1, one))))
+
+
+def _native_weights(
+    op: Operation, tokens: int, dtype: torch.dtype
+) -> tuple[list[cpu_linear.AcWeight], torch.Tensor]:
+    """Copies of one weight as the C kernels read them, and an input."""
+    generator = torch.Generator().manual_seed(1)
+    copies = _copies(op, tokens, torch.device("cpu"))
+    if op.scheme.is_dense:
+        dense = (torch.randn(op.shape, generator=generator) / op.shape[1] ** 0.5).to(dtype)
+        weights = [cpu_linear.dense_weight(dense.clone(), None) for _ in range(copies)]
+    else:
+        state = prepack(random_weight(op.scheme, op.shape), "cpu")
+        states = [
+            replace(state, tensors={n: t.clone() for n, t in state.tensors.items()}) for _ in range(copies)
+        ]
+        weights = [cpu_linear.native_weight(s) for s in states]
+    return weights, _input(op, tokens).float()
 
 
 def _dense_calls(

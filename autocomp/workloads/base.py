@@ -65,6 +65,12 @@ class Workload(ABC):
         ``thorough`` asks for what is only worth its time on a final candidate.
         """
 
+    def runtime(self, built: Built) -> tuple[str, str]:
+        """How ``time`` runs this model, and why not in the fastest way that we have (empty when it does).
+        Asked while the model is uncompressed, before anything is timed."""
+        del built
+        return "eager", ""
+
     @abstractmethod
     def save(self, built: Built, folder: Path) -> None:
         """Write configuration and tokenizer (not weights) so that ``folder`` can be loaded."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autocomp.errors import JobError
+from autocomp.errors import CapabilityError, JobError
 from autocomp.trial import Estimate, Fidelity
 from autocomp.workloads.base import Built, Workload
 from autocomp.workloads.text import (
@@ -27,6 +27,7 @@ from autocomp.workloads.text import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from autocomp.serving import LeanDecoder
     from autocomp.workloads.teacher import Teacher
 
 
@@ -61,6 +62,8 @@ class ScenarioConfig(BaseModel):
         batch: sequences served at once.
         threads: CPU threads; 0 for all that the worker has.
         repeats: timed calls; the median is reported.
+        runtime: what decodes. ``lean`` is our decode path (one call into C per token, on the CPU), ``eager``
+            the model's own forward; ``auto`` is lean where the model allows it, and says why where not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +74,7 @@ class ScenarioConfig(BaseModel):
     batch: int = Field(default=1, ge=1)
     threads: int = Field(default=0, ge=0)
     repeats: int = Field(default=5, ge=1)
+    runtime: Literal["auto", "lean", "eager"] = "auto"
 
 
 class CausalLMConfig(BaseModel):
@@ -235,18 +239,66 @@ class CausalLM(Workload):
 
         return summed_divergence(logits[0], built.state["teachers"][split], index)
 
+    def runtime(self, built: Built) -> tuple[str, str]:
+        """What decodes this model, ``lean`` or ``eager``, and in the latter case why. Decided once, best
+        while the model is uncompressed; every candidate is then timed the same way.
+
+        Raises:
+            JobError: the scenario insists on ``lean`` and the model or the machine doesn't allow it.
+        """
+        if "runtime" not in built.state:
+            reason = self._why_not_lean(built)
+            if reason and self.config.scenario.runtime == "lean":
+                raise JobError(f"workload.scenario.runtime: lean is not possible here: {reason}; use auto")
+            built.state["runtime"] = ("eager", reason) if reason else ("lean", "")
+        found: tuple[str, str] = built.state["runtime"]
+        return found
+
+    def _why_not_lean(self, built: Built) -> str:
+        from autocomp.serving.record import Unsupported
+
+        if self.config.scenario.runtime == "eager":
+            return "the job asks for the eager loop"
+        try:
+            self._decoder(built, verify=True)
+        except Unsupported as error:
+            return str(error)
+        return ""
+
+    def _decoder(self, built: Built, *, verify: bool) -> LeanDecoder:
+        from autocomp.serving import LeanDecoder
+
+        s = self.config.scenario
+        room = s.context_tokens + s.decode_tokens
+        return LeanDecoder(built.model, batch=s.batch, capacity=room, threads=s.threads, verify=verify)
+
     def time(self, built: Built, *, thorough: bool = True) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """The timing metrics; see ``serving.measure``. ``thorough`` adds ``generate_ms``."""
+        """The timing metrics; see ``serving.measure``. ``thorough`` adds ``generate_ms``.
+
+        Raises:
+            CapabilityError: this candidate can't be decoded as the uncompressed model is, so that their
+                latencies could not be compared.
+        """
+        from autocomp.serving.record import Unsupported
         from autocomp.workloads.serving import Server, measure
 
+        runtime, why_eager = self.runtime(built)
+        try:
+            decoder = self._decoder(built, verify=False) if runtime == "lean" else None
+        except Unsupported as error:
+            raise CapabilityError(f"this candidate can't take the lean decode path: {error}") from error
         s = self.config.scenario
         longest = max(s.prompt_tokens, s.context_tokens) + s.decode_tokens
         text = self.inputs(built, "calibration").flatten()
         tokens = text.repeat(-(-s.batch * longest // len(text)))[: s.batch * longest].view(s.batch, longest)
         server = Server(
-            built.model, tokens, prompt=s.prompt_tokens, context=s.context_tokens, steps=s.decode_tokens
+            built.model, tokens, prompt=s.prompt_tokens, context=s.context_tokens, steps=s.decode_tokens,
+            decoder=decoder,
+        )  # fmt: skip
+        metrics, details = measure(
+            server, repeats=s.repeats, threads=s.threads, device=built.device, generate=thorough
         )
-        return measure(server, repeats=s.repeats, threads=s.threads, device=built.device, generate=thorough)
+        return metrics, details | ({"why_eager": why_eager} if why_eager else {})
 
     def save(self, built: Built, folder: Path) -> None:
         """Write configuration, generation configuration and tokenizer files to ``folder``; no weights."""

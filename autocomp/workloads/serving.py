@@ -7,7 +7,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from autocomp.measure.memory import peak_memory, weights_bytes
 from autocomp.measure.timing import Timing, time_calls
 from autocomp.trial import Estimate
 from autocomp.workloads.checkpoint import quiet
+
+if TYPE_CHECKING:
+    from autocomp.serving import LeanDecoder
 
 WARMUP = 2
 
@@ -41,10 +44,16 @@ class Server:
         prompt: tokens of a prefill.
         context: tokens in the key/value cache when decoding starts.
         steps: decode steps that one call of ``decode`` makes.
+        decoder: what decodes after a prefill by the model; ``None`` for the model's own eager loop, whose
+            Python overhead hides the weights of a small model.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, *, prompt: int, context: int, steps: int) -> None:
+    def __init__(
+        self, model: Any, tokens: Tensor, *, prompt: int, context: int, steps: int,
+        decoder: LeanDecoder | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
+        self.decoder = decoder
         self.prompt = tokens[:, :prompt].contiguous()
         self.context = tokens[:, :context].contiguous()
         self.steps = [tokens[:, context + i : context + i + 1].contiguous() for i in range(steps)]
@@ -68,18 +77,32 @@ class Server:
         if self._cache is None:
             name = type(self.model).__name__
             raise CapabilityError(f"{name} returns no key/value cache: decode_ms can't be measured for it")
+        if self.decoder is not None:
+            self.decoder.load_cache(self._cache, self.context.shape[1])
+            return
         trial = copy.deepcopy(self._cache)
         self._can_crop = self._run_steps(trial) and self._rewind(trial)
 
     @property
+    def runtime(self) -> str:
+        """``lean`` or ``eager``: what decodes."""
+        return "eager" if self.decoder is None else "lean"
+
+    @property
     def rewinding(self) -> str:
-        """``crop`` (views, free) or ``copy``: the cache is cloned inside the timed call, where cropping is
-        impossible (sliding windows that are full, recurrent states)."""
+        """``position`` (the lean decoder's own, free), ``crop`` (views, free) or ``copy``: the cache is cloned
+        inside the timed call, where cropping is impossible (full sliding windows, recurrent states)."""
+        if self.decoder is not None:
+            return "position"
         return "crop" if self._can_crop else "copy"
 
     def decode(self) -> None:
         """All decode steps from a cache of ``context`` tokens, which is rewound."""
-        if self._can_crop:
+        if self.decoder is not None:
+            for token in self.steps:
+                self.decoder.step(token[:, 0])
+            self.decoder.rewind(self.context.shape[1])
+        elif self._can_crop:
             self._run_steps(self._cache)
             self._rewind(self._cache)
         else:
@@ -138,17 +161,18 @@ def measure(
         if generate:
             generate_ms, reason = _try_generate(lambda: per_token(server.generate, min(3, repeats)))
     resident = weights_bytes(server.model)
+    buffers = 0 if server.decoder is None else server.decoder.nbytes
     metrics = {
         "prefill_ms": Estimate(prefill.median_ms, prefill.stderr_ms, prefill.n),
         "decode_ms": Estimate(decode.median_ms, decode.stderr_ms, decode.n),
         "resident_mb": Estimate(resident / 1e6),
-        "peak_mb": Estimate((resident + peak.increase_bytes) / 1e6),
+        "peak_mb": Estimate((resident + buffers + peak.increase_bytes) / 1e6),
     }
     details: dict[str, Any] = {
         "prefill": {"iqr_ms": prefill.iqr_ms, "n": prefill.n, "dropped": prefill.dropped},
         "decode": {
             "iqr_ms": decode.iqr_ms, "n": decode.n, "dropped": decode.dropped,
-            "steps": steps, "rewind": server.rewinding,
+            "steps": steps, "rewind": server.rewinding, "runtime": server.runtime,
         },
         "conditions": record, "threads": in_force, "load": record["load"],
         "prefill_logits": "last" if server.last_only else "all", "peak_memory": peak.method,
