@@ -183,13 +183,51 @@ def export(
     typer.echo(f"wrote {written}")
     if format == "native":
         typer.echo(f"load it with: model = autocomp.load({str(written)!r})")
+        typer.echo(f"try it with:  autocomp generate {written} 'Why is the sky blue?'")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A native export, or any Hugging Face model folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to continue or, for chat models, to answer.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: int = 0,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model write, on the runtime that a search measures, and say how fast it was."""
+    from dataclasses import asdict
+
+    from autocomp.serving.generate import generate_text
+
+    found = generate_text(
+        folder, prompt, new_tokens=tokens, threads=threads, temperature=temperature, seed=seed, chat=chat
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    typer.echo(found.text)
+    rate = f", {1e3 / found.decode_ms:.0f} tokens/s" if found.decode_ms else ""
+    typer.echo(
+        f"[{found.runtime}: {found.new_tokens} tokens at {found.decode_ms:.2f} ms{rate}; "
+        f"prompt of {found.prompt_tokens} in {found.prefill_ms:.0f} ms]",
+        err=True,
+    )
+    if found.reason:
+        typer.echo(f"[not lean: {found.reason}]", err=True)
 
 
 @app.command()
 def doctor(
     as_json: AsJson = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: what is here.")] = "",
-    speed: Annotated[bool, typer.Option("--speed", help="Time each option against bf16 (a minute).")] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Time each weight format against 16 bits (seconds).")
+    ] = True,
 ) -> None:
     """Say what this machine can execute, what is missing, and how to get it."""
     from autocomp import doctor as examination

@@ -29,8 +29,7 @@ OPTIONS = (
 )  # fmt: skip
 """Weight formats that are asked about, largest first."""
 SHAPE = (2048, 2048)
-SPEED_SHAPES = ((2048, 2048), (5632, 2048))
-"""(output, input features): an attention projection and an MLP projection of a model with 1 B weights."""
+"""(output, input features): an attention projection of a model with 1 B weights."""
 
 _COMPILERS = (
     ("gcc", "CPU kernels that are compiled here", "apt install build-essential"),
@@ -67,12 +66,12 @@ class Section:
     findings: tuple[Finding, ...]
 
 
-def examine(device: str = "", speed: bool = False) -> list[Section]:
+def examine(device: str = "", speed: bool = True) -> list[Section]:
     """Look at everything.
 
     Args:
         device: ``cpu`` or ``cuda``; by default the CPU, and CUDA where torch sees a GPU.
-        speed: also time each option (a minute on a CPU).
+        speed: also time each option against bfloat16 (some seconds).
 
     Raises:
         JobError: ``device`` is neither.
@@ -86,11 +85,12 @@ def examine(device: str = "", speed: bool = False) -> list[Section]:
         Section("packages", tuple(_guard("packages", _packages))),
     ]
     for name in devices:
-        found = tuple(_guard("kernels", partial(_kernels, name)))
-        sections.append(Section(f"weight formats on {name} at decode, {SHAPE[0]}x{SHAPE[1]}", found))
-        for shape in SPEED_SHAPES if speed else ():
-            times = tuple(_guard("speed", partial(_speed, name, shape)))
-            sections.append(Section(f"time of one {shape[0]}x{shape[1]} linear on {name}, 1 token", times))
+        found = tuple(_guard("kernels", partial(_kernels, name, SHAPE, speed)))
+        sections.append(
+            Section(f"weight formats on {name}: one {SHAPE[0]}x{SHAPE[1]} linear, 1 token", found)
+        )
+        operators = tuple(_guard("operators", partial(_operators, name)))
+        sections.append(Section(f"other operators on {name}", operators))
     return sections
 
 
@@ -238,31 +238,54 @@ def _tool(name: str, purpose: str, remedy: str) -> Finding:
         return Finding(name, "missing", f"not installed; optional: {purpose}", remedy)
 
 
-def _kernels(device: str) -> Iterator[Finding]:
-    """Which backend runs each weight format; what has none can be searched for size, not for latency."""
+def _kernels(device: str, shape: tuple[int, int], speed: bool) -> Iterator[Finding]:
+    """Which backend runs each weight format, its time and how many times faster than 16 bits it is. What has
+    none can be searched for size, not for latency."""
     from autocomp.kernels.ops import capability
     from autocomp.quantize.scheme import Scheme
 
+    dense = 0.0
     for label in OPTIONS:
-        found = capability(Scheme.parse(label), SHAPE, device)
-        if found.native:
-            yield Finding(label, "ok", found.backend)
-        else:
+        found = capability(Scheme.parse(label), shape, device)
+        if not found.native:
             brief = found.reason.split(" (", 1)[0]  # what each backend said stands behind it
             yield Finding(label, "missing", "simulated only, no latency", brief, found.reason)
+        elif not speed:
+            yield Finding(label, "ok", found.backend)
+        else:
+            took = _time(label, shape, device)
+            dense = dense or took
+            slower = took > dense
+            yield Finding(
+                label, "note" if slower else "ok", f"{found.backend:<10} {took:8.4f} ms  {dense / took:5.2f}x",
+                "slower than 16 bits: it saves memory, not time" if slower else "",
+            )  # fmt: skip
 
 
-def _speed(device: str, shape: tuple[int, int]) -> Iterator[Finding]:
-    """Median time of each executable format and how many times faster than bfloat16 it is."""
-    from autocomp.kernels.ops import capability
+def _time(label: str, shape: tuple[int, int], device: str) -> float:
+    """Median milliseconds, weights out of the caches; on a CPU as in the lean decode step."""
+    from autocomp.kernels import native
     from autocomp.measure.op_table import op_key, time_op
     from autocomp.quantize.scheme import Scheme
 
-    dense = time_op(op_key(shape, Scheme(16)), tokens=1, device=device).median_ms
-    yield Finding("w16", "ok", f"{dense:8.4f} ms  1.00x")
-    for label in OPTIONS[1:]:
-        scheme = Scheme.parse(label)
-        if capability(scheme, shape, device).native:
-            timing = time_op(op_key(shape, scheme), tokens=1, device=device)
-            ratio = dense / timing.median_ms
-            yield Finding(label, "ok" if ratio >= 1 else "note", f"{timing.median_ms:8.4f} ms  {ratio:.2f}x")
+    lean = device == "cpu" and not native.unavailable("step")
+    return time_op(op_key(shape, Scheme.parse(label)), tokens=1, device=device, lean=lean).median_ms
+
+
+def _operators(device: str) -> Iterator[Finding]:
+    """Which implementation each of the other operators has here."""
+    from autocomp.kernels import catalogue
+
+    for operator in catalogue.operators():
+        reasons = []
+        for implementation in operator.implementations:
+            if implementation.device_type != device:
+                continue
+            reason = implementation.unusable()
+            if not reason:
+                yield Finding(operator.name, "ok", implementation.name)
+                break
+            reasons.append(f"{implementation.name}: {reason}")
+        else:
+            told = "; ".join(reasons)
+            yield Finding(operator.name, "note", "reference (plain torch)", told[:200], told)

@@ -329,11 +329,11 @@ def test_durations_read_like_a_clock() -> None:
 
 
 def test_doctor_names_what_executes_and_what_is_missing(run: Callable[..., Result]) -> None:
-    result = run("doctor", "--device", "cpu")
+    result = run("doctor", "--device", "cpu", "--no-speed")
     assert result.exit_code == 0, result.output
     assert "weight formats on cpu" in result.stdout and "CPU cores" in result.stdout
-    data = json.loads(run("doctor", "--json", "--device", "cpu").stdout)
-    formats = {f["name"]: f for f in data["weight formats on cpu at decode, 2048x2048"]}
+    data = json.loads(run("doctor", "--json", "--device", "cpu", "--no-speed").stdout)
+    formats = {f["name"]: f for f in data["weight formats on cpu: one 2048x2048 linear, 1 token"]}
     assert formats["w16"]["status"] == "ok"
     assert all(f["remedy"] for f in formats.values() if f["status"] != "ok")
     assert {f["name"] for f in data["packages"]} >= {"torch", "mlflow", "ray", "compressed-tensors"}
@@ -348,7 +348,7 @@ def test_doctor_survives_what_is_broken(run: Callable[..., Result], monkeypatch:
     monkeypatch.setattr(device, "device_name", crash)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "autocomp.kernels.ops", None)
-    result = run("doctor", "--device", "cpu")
+    result = run("doctor", "--device", "cpu", "--no-speed")
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert "RuntimeError: driver is gone" in result.stdout and "build-essential" in result.stdout
     assert "can't import autocomp.kernels.ops" in result.stdout
@@ -365,6 +365,25 @@ def test_doctor_compares_versions_with_the_projects_requirements() -> None:
 
 
 def test_doctor_times_what_executes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "OPTIONS", ("w16", "w8", "w3g64"))
-    found = {f.name: f for f in doctor._speed("cpu", (64, 64))}
-    assert set(found) == {"w16", "w8"} and found["w8"].value.endswith("x")
+    monkeypatch.setattr(doctor, "OPTIONS", ("w16", "w8", "w4g64"))
+    found = {f.name: f for f in doctor._kernels("cpu", (64, 64), True)}
+    assert set(found) == {"w16", "w8", "w4g64"} and all(f.value.endswith("x") for f in found.values())
+    assert float(found["w16"].value.split()[-1][:-1]) == 1.0
+    operators = {f.name: f for f in doctor._operators("cpu")}
+    assert {"decode_attention_kv", "linear_w8a8", "moe_grouped_linear"} <= set(operators)
+
+
+# Generate
+
+
+def test_generate_writes_text_and_says_how_fast(run: Callable[..., Result], tmp_path: Path) -> None:
+    from autocomp.testing.models import tiny_model
+
+    folder = tiny_model("llama", tmp_path / "model")
+    found = json.loads(run("generate", str(folder), "hello", "--tokens", "5", "--json").stdout)
+    assert found["new_tokens"] <= 5 and found["prompt_tokens"] == 5
+    assert found["runtime"] == "lean" or found["reason"]
+    again = run("generate", str(folder), "hello", "--tokens", "5")
+    assert again.exit_code == 0 and found["text"] in again.stdout and "tokens at" in again.stderr
+    missing = run("generate", str(tmp_path / "nothing"), "hello")
+    assert missing.exit_code == 2 and "there is no folder" in missing.stderr

@@ -96,11 +96,10 @@ def time_op(
     op = parse_op_key(key)
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1; got {tokens}")
-    if op.kind == "linear":
-        found = capability(op.scheme, op.shape, torch.device(device).type)
-        if not found.native:
-            raise CapabilityError(f"{key} has no latency here: {found.reason}")
-    if lean and device == "cpu" and tokens <= DECODE_TOKENS:
+    found = capability(op.scheme, op.shape, torch.device(device).type)
+    if op.kind == "linear" and not found.native:
+        raise CapabilityError(f"{key} has no latency here: {found.reason}")
+    if lean and device == "cpu" and tokens <= DECODE_TOKENS and found.backend in ("torch", "cpu"):
         weights, x = _native_weights(op, tokens, dtype)
         loop = cpu_step.repeat(weights, x, kind="linear" if op.kind == "linear" else "rows")
         return time_calls(

@@ -58,7 +58,7 @@ class LeanDecoder:
                 _same_at_another_position(
                     lowered, _recorded(model, batch, max(2, min(longest, self.capacity) - 1))
                 )
-                compare(model, lowered, self.threads)
+                compare(model, lowered)
             self._program = Program(lowered, self.capacity, _cache_dtype(model), self.threads)
         except native.NativeUnavailable as error:
             raise Unsupported(str(error)) from error
@@ -94,8 +94,14 @@ class LeanDecoder:
         """
         for ours in self._program.caches:
             layer = cache.layers[ours.layer]
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if keys is None or keys.shape[1] != ours.k.shape[1] or keys.shape[-1] != ours.k.shape[-1]:
+            keys: Tensor | None = getattr(layer, "keys", None)
+            values: Tensor | None = getattr(layer, "values", None)
+            if (
+                keys is None
+                or values is None
+                or keys.shape[1] != ours.k.shape[1]
+                or keys.shape[-1] != ours.k.shape[-1]
+            ):
                 raise Unsupported(f"the model's cache of layer {ours.layer} is none of keys and values")
             kept = min(keys.shape[2], length)  # a sliding window has dropped the first ones
             ours.k[:, :, length - kept : length] = keys[:, :, -kept:]
@@ -153,7 +159,7 @@ class LeanDecoder:
         pieces, logits = [ids], self.prefill(ids)
         ended = torch.zeros(len(ids), dtype=torch.bool)
         for i in itertools.count(1):
-            token = _choose(logits, temperature, generator)
+            token = choose_token(logits, temperature, generator)
             pieces.append(token.unsqueeze(1))
             ended |= torch.isin(token, torch.tensor(stop, dtype=token.dtype))
             if i >= max_new_tokens or bool(ended.all()):
@@ -172,7 +178,8 @@ class LeanDecoder:
         return int(ids.shape[1])
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def choose_token(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """A token for each row of ``logits [B, V]``: the likeliest, or one drawn at a temperature above 0."""
     if temperature <= 0:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)

@@ -30,6 +30,19 @@ ATTENTION = "autocomp_lean"
 _HARMLESS = {"dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position"}
 
 
+# Operations that read the shape of a tensor and none of its values.
+_SHAPE_ONLY = {
+    "ones_like",
+    "zeros_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+}
+
+
 class Unsupported(Exception):
     """The model does something at decoding that the lean path can't express; the message says what."""
 
@@ -94,7 +107,18 @@ def record(model: Any, ids: Tensor, position: int) -> Recording:
         stack.enter_context(_our_attention(model, recorder))
         stack.enter_context(_our_modules(model, recorder))
         stack.enter_context(recorder)
-        output = model(input_ids=ids, position_ids=positions, use_cache=False)
+        try:
+            output = model(input_ids=ids, position_ids=positions, use_cache=False)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:
+            told = f"{type(error).__name__}: {str(error)[:200]}"
+            raise Unsupported(f"it does not run on one token without a cache ({told})") from error
     if not any(note.name == "attention" for note in recorder.notes):
         raise Unsupported(f"{type(model).__name__} does not call attention through transformers' interface")
     if storage(output.logits) not in recorder.dynamic:
@@ -125,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         dynamic = any(storage(t) in self.dynamic for t in inputs)
         if func is torch.ops.aten._local_scalar_dense.default and dynamic:
             raise Unsupported("Python decides by a value of the computation (.item()) what comes next")
-        if not dynamic:
+        if not dynamic or func._schema.name.removeprefix("aten::") in _SHAPE_ONLY:
             return
         if not outputs:
             raise Unsupported(f"operation {func} gives no tensor")

@@ -114,6 +114,12 @@ def _cat(low: Lowering, note: Note) -> None:
             first += width
 
 
+def _stack(low: Lowering, note: Note) -> None:
+    parts, dim = note.args[0], note.args[1] if len(note.args) > 1 else note.extra.get("dim", 0)
+    for i, part in enumerate(parts):
+        low.elementwise("copy", low.place(note.out.select(dim, i)), low.place(part))
+
+
 def _last_dimension(note: Note, position: int) -> int:
     """Length of the last dimension, which the operation must be over."""
     x = note.args[0]
@@ -277,7 +283,7 @@ RULES: dict[str, Rule] = {
     "div.Tensor": _div, "div_.Tensor": _div, "div.Scalar": _div,
     "maximum.default": _binary("max"), "minimum.default": _binary("min"),
     "pow.Tensor_Scalar": _pow, "gelu.default": _gelu, "clamp.default": _clamp,
-    "cat.default": _cat,
+    "cat.default": _cat, "stack.default": _stack,
     "mean.dim": _reduce("sum", mean=True), "sum.dim_IntList": _reduce("sum"), "amax.default": _reduce("amax"),
     "_softmax.default": _softmax, "topk.default": _topk,
     "native_layer_norm.default": _layer_norm, "rms_norm.default": _rms_norm,

@@ -21,7 +21,7 @@ TOKENS = 24
 
 
 @torch.no_grad()
-def verify(model: Any, lowered: Lowering, threads: int) -> None:
+def verify(model: Any, lowered: Lowering) -> None:
     """Decode a few random tokens both ways: by steps with a float32 cache, and by one float32 forward pass.
 
     Raises:
@@ -32,8 +32,8 @@ def verify(model: Any, lowered: Lowering, threads: int) -> None:
     batch = lowered.recording.ids.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(text.vocab_size), (batch, length), generator=generator)
-    program = Program(lowered, length, torch.float32, threads)
-    found = torch.stack([program.run(ids[:, i], i, threads).clone() for i in range(length)], dim=1)
+    program = Program(lowered, length, torch.float32, threads=1)  # no waiting for busy cores
+    found = torch.stack([program.run(ids[:, i], i, 1).clone() for i in range(length)], dim=1)
     with in_float32(model):
         wanted: Tensor = model(input_ids=ids, use_cache=False).logits.float()
     spread = (wanted - wanted.mean(-1, keepdim=True)).norm()

@@ -286,7 +286,10 @@ class CausalLM(Workload):
         try:
             decoder = self._decoder(built, verify=False) if runtime == "lean" else None
         except Unsupported as error:
-            raise CapabilityError(f"this candidate can't take the lean decode path: {error}") from error
+            raise CapabilityError(
+                f"this candidate can't take the lean decode path that the uncompressed model takes: {error};"
+                " set workload.scenario.runtime: eager to time all of them the same way"
+            ) from error
         s = self.config.scenario
         longest = max(s.prompt_tokens, s.context_tokens) + s.decode_tokens
         text = self.inputs(built, "calibration").flatten()

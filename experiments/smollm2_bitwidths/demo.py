@@ -24,17 +24,6 @@ from autocomp.progress import make_display
 from autocomp.trial import Trial
 
 HERE = Path(__file__).parent
-GENERATE = """
-import sys, autocomp, autocomp.leave
-from transformers import AutoTokenizer
-model = autocomp.load(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-chat = [{"role": "user", "content": sys.argv[2]}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-out = model.generate(**ids, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
-autocomp.leave.leave()
-"""
 
 
 def main() -> None:
@@ -70,7 +59,7 @@ def main() -> None:
         ratio = f"  ({mine / full:.2f}x)" if full else ""
         print(f"  {metric:10s} {mine:9.3f} against {full:9.3f} {unit} uncompressed{ratio}")
     print(f"\nReloaded in a new process, asked {args.prompt!r}:")
-    subprocess.run([sys.executable, "-c", GENERATE, str(out), args.prompt], check=True)
+    subprocess.run([sys.executable, "-m", "autocomp", "generate", str(out), args.prompt], check=True)
     print(f"\nRun directory {result.run_dir}; whole demo {time.perf_counter() - started:.0f} s.")
     print("Look at the front: open front.html there, or `mlflow ui --backend-store-uri sqlite:///mlflow.db`.")
 

@@ -56,6 +56,36 @@ def test_every_architecture_decodes_as_the_model_does(kind: str, batch: int) -> 
     assert error < 1e-4, f"{kind}: {error}"
 
 
+@pytest.mark.parametrize("family", ["cohere", "gemma3_text", "phi3", "qwen2_moe", "gpt_bigcode", "olmo2"])
+def test_families_that_no_table_names(family: str) -> None:
+    """Stacked rotary halves, norms after the blocks, fused projections, shared experts, one kv head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 128,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "gpt_bigcode":
+        sizes |= {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "n_inner": 128}
+    if family == "qwen2_moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        sizes |= {"shared_expert_intermediate_size": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    decoder = LeanDecoder(model, capacity=24)
+    ids = prompt(1, 20)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    decoder.prefill(ids[:, :16])
+    for i in range(16, 20):
+        assert relative(decoder.step(ids[:, i]), wanted[:, i]) < 1e-4
+
+
 @pytest.mark.parametrize("scheme", ["w8", "w6g64", "w5g64", "w4g64a", "w3g64", "w2g64", "w4g64o0.5"])
 def test_packed_weights_decode_as_their_dequantized_ones(scheme: str) -> None:
     """Activations are rounded to 8 bits on the way, some 0.5 % a layer."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from autocomp.errors import CapabilityError
+from autocomp.errors import CapabilityError, JobError
 from autocomp.testing.models import tiny_network
 from autocomp.workloads.causal_lm import CausalLM
 from autocomp.workloads.serving import Server, cpu_threads, measure
@@ -37,7 +37,44 @@ def test_the_workload_times_its_scenario(tiny: Folder, prose: list[str]) -> None
     weights = sum(p.numel() * p.element_size() for p in built.model.parameters()) / 1e6
     assert metrics["peak_mb"].value >= weights
     assert details["generate_ms"] > 0 and "generate_error" not in details
-    assert details["decode"]["rewind"] == "crop" and details["prefill_logits"] == "last"
+    assert details["prefill_logits"] == "last"
+    rewinds = {"lean": "position", "eager": "crop"}
+    assert details["decode"]["rewind"] == rewinds[details["decode"]["runtime"]]
+
+
+def _workload(tiny: Folder, prose: list[str], kind: str, runtime: str) -> tuple[CausalLM, Any]:
+    scenario = {
+        "prompt_tokens": 16, "context_tokens": 24, "decode_tokens": 4, "repeats": 2, "threads": 1,
+        "runtime": runtime,
+    }  # fmt: skip
+    data = {"text": prose, "sequence_length": 8, "calibration": 2, "proxy": 1, "selection": 1, "report": 1}
+    config = {"model": str(tiny(kind)), "data": data, "scenario": scenario}
+    work = CausalLM(CausalLM.Config.model_validate(config))
+    return work, work.load("cpu")
+
+
+def test_the_runtime_can_be_chosen(tiny: Folder, prose: list[str]) -> None:
+    work, built = _workload(tiny, prose, "llama", "eager")
+    assert work.runtime(built) == ("eager", "the job asks for the eager loop")
+    _, details = work.time(built, thorough=False)
+    assert details["decode"]["runtime"] == "eager" and "asks for" in details["why_eager"]
+
+
+def test_a_model_that_cannot_be_recorded_is_timed_eagerly_and_says_why(
+    tiny: Folder, prose: list[str]
+) -> None:
+    work, built = _workload(tiny, prose, "llama", "auto")
+    layer: Any = built.model.get_submodule("model.layers.0")
+    plain = layer.mlp.forward
+    layer.mlp.forward = lambda x: plain(x) if float(x.sum()) < 1e9 else x
+    runtime, reason = work.runtime(built)
+    assert runtime == "eager" and "decides by a value" in reason
+    _, details = work.time(built, thorough=False)
+    assert details["why_eager"] == reason
+    insisting, other = _workload(tiny, prose, "llama", "lean")
+    other.model.get_submodule("model.layers.0").mlp.forward = layer.mlp.forward
+    with pytest.raises(JobError, match="runtime: lean is not possible here: Python decides by a value"):
+        insisting.runtime(other)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "mixtral"])
