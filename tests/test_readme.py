@@ -55,7 +55,7 @@ def test_the_commands_and_their_options_exist() -> None:
 
 def test_the_make_targets_exist() -> None:
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"make ([\w-]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 

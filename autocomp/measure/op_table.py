@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,16 +148,20 @@ def _native_weights(
 ) -> tuple[list[cpu_linear.AcWeight], torch.Tensor]:
     """Copies of one weight as the C kernels read them, and an input."""
     generator = torch.Generator().manual_seed(1)
-    copies = _copies(op, tokens, torch.device("cpu"))
     if op.scheme.is_dense:
         dense = (torch.randn(op.shape, generator=generator) / op.shape[1] ** 0.5).to(dtype)
-        weights = [cpu_linear.dense_weight(dense.clone(), None) for _ in range(copies)]
     else:
         state = prepack(random_weight(op.scheme, op.shape), "cpu")
-        states = [
-            replace(state, tensors={n: t.clone() for n, t in state.tensors.items()}) for _ in range(copies)
-        ]
-        weights = [cpu_linear.native_weight(s) for s in states]
+    weights = []
+    for _ in range(_copies(op, tokens, torch.device("cpu"))):
+        if op.scheme.is_dense:
+            owner: Any = dense.clone()
+            weight = cpu_linear.dense_weight(owner)
+        else:
+            owner = replace(state, tensors={n: t.clone() for n, t in state.tensors.items()})
+            weight = cpu_linear.AcWeight.from_buffer_copy(cpu_linear.native_weight(owner))
+        weight.owner = owner  # the struct only points into it
+        weights.append(weight)
     return weights, _input(op, tokens).float()
 
 

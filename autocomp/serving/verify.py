@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocomp.kernels.modules import PackedEmbedding
+from autocomp.kernels.modules import PackedEmbedding, PackedModule
 from autocomp.serving.lower import Lowering
 from autocomp.serving.program import Program
 from autocomp.serving.record import Unsupported
 
-LIMIT = 1e-2
-"""Largest relative difference of the logits. Rounding gives some 1e-5 (more where a packed weight rounds its
-activations); a wrong order of operations or a forgotten factor about 1."""
+LIMIT, LIMIT_PACKED = 1e-2, 1e-1
+"""Largest relative difference of the logits, without and with packed weights. Rounding gives some 1e-6;
+packed weights round activations to 15 bits, which a model of 2-bit weights was seen to amplify to 0.02. A wrong
+order of operations or a forgotten factor gives about 1."""
 TOKENS = 24
 
 
@@ -25,7 +26,7 @@ def verify(model: Any, lowered: Lowering) -> None:
     """Decode a few random tokens both ways: by steps with a float32 cache, and by one float32 forward pass.
 
     Raises:
-        Unsupported: the logits differ by more than ``LIMIT``.
+        Unsupported: the logits differ by more than the limit.
     """
     text = model.config.get_text_config()
     length = min(TOKENS, int(getattr(text, "max_position_embeddings", 0) or TOKENS))
@@ -38,9 +39,11 @@ def verify(model: Any, lowered: Lowering) -> None:
         wanted: Tensor = model(input_ids=ids, use_cache=False).logits.float()
     spread = (wanted - wanted.mean(-1, keepdim=True)).norm()
     error = float((found - wanted).norm() / spread)
-    if not error <= LIMIT:
+    packed = any(isinstance(m, PackedModule) for m in model.modules())
+    limit = LIMIT_PACKED if packed else LIMIT
+    if not error <= limit:
         raise Unsupported(
-            f"its logits are off by {error:.2g} from the model's own (relative; limit {LIMIT:g})"
+            f"its logits are off by {error:.2g} from the model's own (relative; limit {limit:g})"
         )
 
 

@@ -37,7 +37,7 @@ import torch
 
 ARCHITECTURES = (80, 90, 100)
 MMA = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
-"""The matrix instructions of an architecture, for dots whose tiles are large enough (M >= 64)."""
+"""The matrix instructions of an architecture, for dots whose left tile has 64 rows or more."""
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may use."""
 SPILL_LIMIT = 64
@@ -119,8 +119,8 @@ def check_build(
     """Assert that a build fits its architecture.
 
     Args:
-        mma: the matrix instruction it must use: one name, ``"none"`` for no dots at all, or ``None`` for
-            any. ``"best"`` is the architecture's own (:data:`MMA`).
+        mma: the matrix instruction it must use: a name, ``"best"`` for the architecture's own (:data:`MMA`),
+            ``"any"`` for one of them, ``"none"`` for no dots at all; ``None`` to leave that open.
         spill: largest accepted spill in bytes per thread.
         shared: largest accepted shared memory in bytes; the architecture's limit if ``None``.
     """
@@ -130,6 +130,8 @@ def check_build(
     wanted = MMA[build.architecture] if mma == "best" else mma
     if wanted == "none":
         assert not build.mma, f"{build}: uses matrix instructions where none are wanted"
+    elif wanted == "any":
+        assert build.mma, f"{build}: its dots do not use the matrix units"
     elif wanted is not None:
         assert wanted in build.mma, f"{build}: does not use {wanted}"
 
@@ -137,7 +139,7 @@ def check_build(
 def run_interpreted(file: str | Path, timeout: float = 240.0) -> None:
     """Run a test file with pytest in a process where Triton interprets; raises ``AssertionError`` with its
     output when a test fails, or when none ran."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     told = f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
