@@ -37,5 +37,8 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
+gpu-check: $(READY)
+	PYTHONPATH=. $(BIN)/python experiments/bench_kernels/gpu_check.py
+
 clean:
 	rm -rf $(VENV) dist build runs .pytest_cache .mypy_cache .ruff_cache

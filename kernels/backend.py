@@ -59,7 +59,8 @@ class Backend(Protocol):
     """Whether its time may stand for the scheme's. The reference's may not."""
 
     probe: tuple[Scheme, tuple[int, int]]
-    """A small case that ``ops.self_check`` runs before the backend is trusted."""
+    """A small case that ``ops.self_check`` runs before the backend is trusted. A backend with several code
+    paths has ``probes`` too, a tuple of such cases, which are run instead."""
 
     def supports(self, scheme: Scheme, shape: tuple[int, int], device_type: str, tokens: int) -> str:
         """Why it can't run ``scheme`` at ``shape`` on ``cpu`` or ``cuda``; empty when it can.

@@ -52,7 +52,10 @@ class AcProgram(ctypes.Structure):
 class AcInput(ctypes.Structure):
     """``ac_input`` of ``cpu/linear.h``."""
 
-    _fields_ = (("rows", _I64), ("k", _I64), ("x", _PTR), ("q", _PTR), ("scale", _PTR), ("sums", _PTR))
+    _fields_ = (
+        ("rows", _I64), ("k", _I64),
+        ("x", _PTR), ("q", _PTR), ("scale", _PTR), ("sums", _PTR), ("fine", _PTR),
+    )  # fmt: skip
 
 
 @cache

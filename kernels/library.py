@@ -105,7 +105,9 @@ class Operator:
         return (found.run if found else self.reference)(*args, **kwargs)
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation | None:
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), "cpu")
+        device = next(
+            (a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), "cpu"
+        )
         reasons = []
         for implementation in self.implementations:
             if implementation.device_type != device or self._forced not in ("", implementation.name):

@@ -25,8 +25,18 @@ import torch
 
 logger = logging.getLogger("autocomp")
 SOURCES = Path(__file__).resolve().parent / "cpu"
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+)
 REQUIRES = {"pool": (), "linear": ("pool",), "attention": ("pool",), "activations": ("pool",)}
+REQUIRES |= {"attention_tiles": ("pool",)}
 REQUIRES |= {"moe": ("pool", "linear"), "step": ("pool", "linear", "attention")}
 """Source -> sources whose functions it calls; these are loaded first."""
 COMPILE_SECONDS = 300
@@ -49,8 +59,7 @@ def load(name: str) -> ctypes.CDLL:
     if reason:
         raise NativeUnavailable(reason)
     try:
-        # Global, so that a library finds the functions of those loaded before it.
-        return ctypes.CDLL(str(_built(name)), mode=ctypes.RTLD_GLOBAL)
+        return _opened(name)
     except (NativeUnavailable, OSError) as error:
         _failed[name] = f"C kernels ({name}): {error}"
         logger.warning("%s; torch's operators are used instead", _failed[name])
@@ -58,6 +67,17 @@ def load(name: str) -> ctypes.CDLL:
 
 
 _failed: dict[str, str] = {}
+
+
+def _opened(name: str) -> ctypes.CDLL:
+    """Global, so that a library finds the functions of those loaded before it."""
+    library = _built(name)
+    try:
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        logger.warning("%s is damaged (%s) and built again", library, error)
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built(name)), mode=ctypes.RTLD_GLOBAL)
 
 
 def unavailable(name: str) -> str:
@@ -86,10 +106,12 @@ def _built(name: str) -> Path:
     flags = (*FLAGS, *_machine_flags())
     for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"autocomp-native-{os.getuid()}"):
         library = folder / f"{name}-{_key(name, compiler, flags)}.so"
-        if library.is_file():
-            return library
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid not in (0, os.getuid()):
+                raise OSError("it belongs to another user, who could put any code there")
+            if library.is_file():
+                return library
             return _compile(name, compiler, flags, library)
         except OSError as error:
             refused = f"{folder}: {error}"

@@ -13,6 +13,8 @@ import torch
 
 from autocomp.kernels.aten import Int4Backend, Int8Backend
 from autocomp.kernels.backend import DECODE_TOKENS, Backend, WeightState
+from autocomp.kernels.cpu_linear import CpuBackend
+from autocomp.kernels.library import Operator
 from autocomp.kernels.reference import REFERENCE
 from autocomp.quantize.scheme import Scheme
 from autocomp.quantize.tensor import QuantizedTensor
@@ -21,8 +23,9 @@ SELF_CHECK_ERROR = 1.2e-2
 """Largest accepted relative Frobenius error against the reference (about 4 bfloat16 roundings)."""
 
 _DEVICE_TYPES = ("cpu", "cuda")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _REMEDIES = ("w4g128", "w4g64", "w4g32", "w8")
-_backends: list[Backend] = [Int4Backend(), Int8Backend()]
+_backends: list[Backend] = [CpuBackend(), Int4Backend(), Int8Backend()]
 _checked: dict[tuple[str, str], str] = {}  # (backend, device type) -> outcome of its self-check
 
 
@@ -112,7 +115,7 @@ def _native(scheme: Scheme, shape: tuple[int, int], device_type: str) -> bool:
 
 
 def self_check(backend: Backend, device_type: str) -> str:
-    """Run the backend's probe case, once per process, and compare with the exact product.
+    """Run the backend's probe cases, once per process, and compare with the exact product.
 
     Returns an empty string when it agrees, else what went wrong. Nothing escapes: a kernel that can't
     compile or load on this machine is a reason, not a crash.
@@ -124,22 +127,25 @@ def self_check(backend: Backend, device_type: str) -> str:
 
 
 def _run_probe(backend: Backend, device_type: str) -> str:
-    scheme, shape = backend.probe
-    unsupported = backend.supports(scheme, shape, device_type, DECODE_TOKENS)
-    if unsupported:
-        return f"self-check not run: {unsupported}"
-    try:
-        worst = max(_probe_error(backend, torch.device(device_type), m) for m in (1, DECODE_TOKENS, 33))
-    except Exception as error:
-        return f"self-check raised {type(error).__name__}: {str(error)[:200]}"
-    if not worst <= SELF_CHECK_ERROR:
-        return f"self-check is off by {worst:.2g} (relative; limit {SELF_CHECK_ERROR:g})"
+    for scheme, shape in getattr(backend, "probes", (backend.probe,)):
+        unsupported = backend.supports(scheme, shape, device_type, DECODE_TOKENS)
+        if unsupported:
+            return f"self-check not run: {unsupported}"
+        device = torch.device(device_type)
+        try:
+            worst = max(_probe_error(backend, scheme, shape, device, m) for m in (1, DECODE_TOKENS, 33))
+        except Exception as error:
+            return f"self-check of {scheme} raised {type(error).__name__}: {str(error)[:200]}"
+        if not worst <= SELF_CHECK_ERROR:
+            limit = f"relative; limit {SELF_CHECK_ERROR:g}"
+            return f"self-check of {scheme} is off by {worst:.2g} ({limit})"
     return ""
 
 
-def _probe_error(backend: Backend, device: torch.device, tokens: int) -> float:
-    """Relative Frobenius error of the backend's probe case at ``tokens`` rows; NaN when it gives NaN."""
-    scheme, shape = backend.probe
+def _probe_error(
+    backend: Backend, scheme: Scheme, shape: tuple[int, int], device: torch.device, tokens: int
+) -> float:
+    """Relative Frobenius error of a probe case at ``tokens`` rows; NaN when it gives NaN."""
     weight = random_weight(scheme, shape, seed=tokens)
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, shape[1], generator=generator).to(torch.bfloat16)
@@ -203,10 +209,68 @@ def linear_wna16(x: torch.Tensor, weight: WeightState, bias: torch.Tensor | None
         raise ValueError(f"the packed weight takes {columns} input features; got {tuple(x.shape)}")
     if x.device.type != weight.device.type:
         raise ValueError(f"input on {x.device}, packed weight on {weight.device}: pack again for that device")
-    flat = x.reshape(-1, columns).contiguous()
+    flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, columns).contiguous()
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], rows)
-    y = weight.backend.linear(flat, weight)
+    traced = torch.compiler.is_compiling() or type(x) not in _PLAIN
+    y = _traced(flat, weight) if traced else weight.backend.linear(flat, weight)
     if bias is not None:
         y.add_(bias)
-    return y.view(*x.shape[:-1], rows)
+    return y if flat is x else y.view(*x.shape[:-1], rows)
+
+
+def _traced(x: torch.Tensor, weight: WeightState) -> torch.Tensor:
+    """The same as one node of a graph (``torch.compile``, export, fake tensors)."""
+    scheme = weight.scheme
+    names, tensors = list(weight.tensors), list(weight.tensors.values())
+    keys, values = list(weight.meta), list(weight.meta.values())
+    form = (scheme.bits, scheme.group, scheme.symmetric, scheme.outliers)
+    y: torch.Tensor = LINEAR_WNA16(x, tensors, names, weight.backend.name, *form, *weight.shape, keys, values)
+    return y
+
+
+def _run_traced(
+    x: torch.Tensor,
+    tensors: list[torch.Tensor],
+    names: list[str],
+    backend: str,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    outliers: float,
+    rows: int,
+    columns: int,
+    keys: list[str],
+    values: list[int],
+) -> torch.Tensor:
+    holder = next((b for b in backends() if b.name == backend), None)
+    if holder is None:
+        known = ", ".join(b.name for b in backends())
+        raise ValueError(f"the graph needs the kernel backend {backend!r}; register it (known: {known})")
+    scheme = Scheme(bits, group, symmetric, outliers)
+    state = WeightState(holder, scheme, (rows, columns), dict(zip(names, tensors)), dict(zip(keys, values)))
+    return holder.linear(x.contiguous(), state)
+
+
+def _fake_traced(
+    x: torch.Tensor,
+    tensors: list[torch.Tensor],
+    names: list[str],
+    backend: str,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    outliers: float,
+    rows: int,
+    *rest: object,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+LINEAR_WNA16 = Operator(
+    "linear_wna16(Tensor x, Tensor[] tensors, str[] names, str backend, int bits, int group, bool symmetric, "
+    "float outliers, SymInt rows, SymInt columns, str[] keys, int[] values) -> Tensor",
+    _run_traced,
+    _fake_traced,
+)
+"""``torch.ops.autocomp.linear_wna16``: a packed linear on ``x [M, K]`` as graphs see it."""

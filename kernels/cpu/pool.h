@@ -13,6 +13,14 @@ typedef void (*ac_body)(void *context, int thread, int threads);
 /* Run body on `threads` threads (at most AC_MAX_THREADS; fewer when the system refuses) and wait for all. */
 void ac_region(int threads, ac_body body, void *context);
 
+/* Work on items [first, last) of a total. */
+typedef void (*ac_items)(void *context, long first, long last);
+
+/* Run body over all of [0, total), in runs of multiples of `unit`, on up to `threads` threads. Threads keep their
+ * runs from call to call (caches) and take over those of late ones; one that isn't awake when the work is done
+ * isn't waited for. So a busy machine costs little, but body must not call ac_barrier. */
+void ac_each(int threads, long total, long unit, ac_items body, void *context);
+
 /* Inside of a region: wait until all of its `threads` threads are here. */
 void ac_barrier(int threads);
 
