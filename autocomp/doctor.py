@@ -257,7 +257,8 @@ def _kernels(device: str, shape: tuple[int, int], speed: bool) -> Iterator[Findi
             dense = dense or took
             slower = took > dense
             yield Finding(
-                label, "note" if slower else "ok", f"{found.backend:<10} {took:8.4f} ms  {dense / took:5.2f}x",
+                label, "note" if slower else "ok",
+                f"{found.backend:<10} {took:8.4f} ms  {dense / took:5.2f}x",
                 "slower than 16 bits: it saves memory, not time" if slower else "",
             )  # fmt: skip
 

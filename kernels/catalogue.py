@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autocomp.kernels.library import OPERATORS, Operator
+from autocomp.kernels.library import OPERATORS, Operator, load_cuda
 
 
 def operators() -> list[Operator]:
@@ -10,5 +10,8 @@ def operators() -> list[Operator]:
     import autocomp.kernels.activations
     import autocomp.kernels.attention
     import autocomp.kernels.moe  # noqa: F401
+    from autocomp.kernels import experts
 
+    experts.load_builtin()
+    load_cuda()
     return [OPERATORS[name] for name in sorted(OPERATORS)]

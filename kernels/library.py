@@ -9,6 +9,7 @@ tensors' device that is available and supports the arguments; the reference take
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ class Operator:
         device = next(
             (a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), "cpu"
         )
+        if device == "cuda":
+            load_cuda()
         reasons = []
         for implementation in self.implementations:
             if implementation.device_type != device or self._forced not in ("", implementation.name):
@@ -120,3 +123,11 @@ class Operator:
             told = "; ".join(reasons) or f"no such implementation on {device}"
             raise NotImplementedError(f"{self.name} can't be forced to {self._forced!r}: {told}")
         return None
+
+
+@functools.cache
+def load_cuda() -> None:
+    """Register the implementations for CUDA, at the first such call: they import the operators."""
+    from autocomp.kernels import triton
+
+    triton.register()

@@ -16,6 +16,7 @@ from autocomp.kernels.backend import DECODE_TOKENS, Backend, WeightState
 from autocomp.kernels.cpu_linear import CpuBackend
 from autocomp.kernels.library import Operator
 from autocomp.kernels.reference import REFERENCE
+from autocomp.kernels.triton.linear import TRITON
 from autocomp.quantize.scheme import Scheme
 from autocomp.quantize.tensor import QuantizedTensor
 
@@ -25,7 +26,7 @@ SELF_CHECK_ERROR = 1.2e-2
 _DEVICE_TYPES = ("cpu", "cuda")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _REMEDIES = ("w4g128", "w4g64", "w4g32", "w8")
-_backends: list[Backend] = [CpuBackend(), Int4Backend(), Int8Backend()]
+_backends: list[Backend] = [CpuBackend(), TRITON, Int4Backend(), Int8Backend()]
 _checked: dict[tuple[str, str], str] = {}  # (backend, device type) -> outcome of its self-check
 
 

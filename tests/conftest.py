@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Before torch loads: OpenMP threads that spin while they wait slow small operators many times on busy cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 if TYPE_CHECKING:
     from autocomp.worker import ModelWorker

@@ -103,6 +103,8 @@ def record(model: Any, ids: Tensor, position: int) -> Recording:
         raise Unsupported(f"{type(model).__name__} takes no position_ids, so its positions can't be given")
     recorder = _Recorder(ids, positions)
     with ExitStack() as stack:
+        # Inside of inference mode the dispatcher would show us operations before they are taken apart.
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_our_attention(model, recorder))
         stack.enter_context(_our_modules(model, recorder))

@@ -16,8 +16,8 @@ from autocomp.serving.record import Unsupported
 
 LIMIT, LIMIT_PACKED = 1e-2, 1e-1
 """Largest relative difference of the logits, without and with packed weights. Rounding gives some 1e-6;
-packed weights round activations to 15 bits, which a model of 2-bit weights was seen to amplify to 0.02. A wrong
-order of operations or a forgotten factor gives about 1."""
+packed weights round activations to 15 bits, which a model of 2-bit weights was seen to amplify to 0.02. A
+wrong order of operations or a forgotten factor gives about 1."""
 TOKENS = 24
 
 

@@ -90,8 +90,8 @@ class Server:
 
     @property
     def rewinding(self) -> str:
-        """``position`` (the lean decoder's own, free), ``crop`` (views, free) or ``copy``: the cache is cloned
-        inside the timed call, where cropping is impossible (full sliding windows, recurrent states)."""
+        """``position`` (the lean decoder's own, free), ``crop`` (views, free) or ``copy``: the cache is
+        cloned inside the timed call, where cropping is impossible (full windows, recurrent states)."""
         if self.decoder is not None:
             return "position"
         return "crop" if self._can_crop else "copy"

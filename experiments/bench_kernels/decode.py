@@ -219,6 +219,8 @@ def main() -> None:
         "versions": software_versions(), "head": HEAD,
         **{key: getattr(args, key) for key in ("threads", "context", "steps", "rounds")},
     }  # fmt: skip
+    for warning in record["conditions"]["warnings"]:
+        print(warning)
     ids = torch.randint(1000, 40000, (1, args.context), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         runners, record["weights_mb"] = make_runners(args, ids)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make the Triton linears and grouped experts the first choice on CUDA. Where they can't run, they say so
-    when they are asked, and others are chosen."""
-    from autocomp.kernels import ops
-    from autocomp.kernels.triton import activations, linear, moe
+    """Make the Triton operators the first choice on CUDA. Where they can't run, they say so when they are
+    asked, and others are chosen. (The backend for packed weights is in ``ops`` from the start.)"""
+    from autocomp.kernels.triton import activations, attention_ops, moe
 
-    ops.register(linear.TRITON)
     activations.register()
     moe.register()
+    attention_ops.register()

@@ -60,10 +60,10 @@ def quantize_rows(
 
 
 @functools.lru_cache(maxsize=4096)
-def int8_tiles(tokens: int, rows: int, depth: int, processors: int, highest: int = 128) -> Tiles:
+def int8_tiles(tokens: int, rows: int, depth: int, processors: int, largest: int = 128) -> Tiles:
     """Tiles of the products: narrow along N as long as there are too few of them for the device."""
-    height = power_of_two(tokens, 8, highest)
-    width = 128 if height >= 64 else 64
+    height = power_of_two(tokens, 8, largest)
+    width = min(largest, 128 if height >= 64 else 64)
     while width > 32 and math.ceil(rows / width) * math.ceil(tokens / height) < 2 * processors:
         width //= 2
     warps = 8 if width * height >= 128 * 128 else 4
@@ -101,7 +101,7 @@ def w4a8(
     (rows, words), tokens, columns = packed.shape, len(x), x.shape[1]
     width = group or math.ceil(columns / 128) * 128
     depth = next(d for d in (128, 64, 32) if width % d == 0)
-    tiles = int8_tiles(tokens, rows, depth, multiprocessors(x.device), highest=64)
+    tiles = int8_tiles(tokens, rows, depth, multiprocessors(x.device), largest=64)
     y = _output(x, rows)
     _kernels().w4a8_kernel[_grid(tiles, rows, tokens)](
         q, packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous(), row_scale,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from autocomp.kernels import ops
 from autocomp.kernels.aten import DENSE_TOKENS
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.kernels.ops import random_weight
@@ -16,6 +18,16 @@ from autocomp.quantize.scheme import Scheme
 
 BF16_ERROR = 1.2e-2
 LABELS = ["w4g64", "w4g32a", "w8", "w3g64", "w4g64o1", "w2"]
+
+
+@pytest.fixture(autouse=True)
+def torch_operators_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These tests are about torch's own operators and the reference; our C kernels would take most of it."""
+    monkeypatch.setattr(ops, "_backends", [b for b in ops._backends if b.name != "cpu"])
+    ops._clear()
+    yield
+    monkeypatch.undo()
+    ops._clear()
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:

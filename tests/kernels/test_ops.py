@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,16 @@ from autocomp.quantize.tensor import QuantizedTensor
 TOKENS = (1, 2, 7, 8, 9, 33)
 BF16_ERROR = 1.2e-2
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def torch_operators_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These tests are about torch's own operators and the reference; our C kernels would take most of it."""
+    monkeypatch.setattr(ops, "_backends", [b for b in ops._backends if b.name != "cpu"])
+    ops._clear()
+    yield
+    monkeypatch.undo()
+    ops._clear()
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -69,6 +69,10 @@ PRODUCTS = {
         activations_kernels.w8a8_kernel, (I8, I8, F32, F32, None, BF16, 512, N, K),
         {"BM": 128, "BN": 128, "BK": 128, "num_stages": 3, "num_warps": 8},
     ),
+    "w8a8-narrow": (
+        activations_kernels.w8a8_kernel, (I8, I8, F32, F32, None, BF16, 512, N, K),
+        {"BM": 128, "BN": 32, "BK": 128, "num_stages": 3},
+    ),
     "w4a8": (
         activations_kernels.w4a8_kernel, (I8, I32, BF16, U8, F32, BF16, BF16, 64, N, K, K // 8, 32, 128),
         {"BM": 64, "BN": 64, "BK": 128, "num_stages": 3},
@@ -115,7 +119,7 @@ def test_products_fit_and_use_the_matrix_units(
     products: dict[tuple[str, int], Build], name: str, architecture: int
 ) -> None:
     # Older Tritons (3.6) give tiles 8 wide, and int8 on Blackwell, to the units' former instructions.
-    older = PRODUCTS[name][2]["BM"] == 8 or ("a8" in name and architecture == 100)
+    older = PRODUCTS[name][2]["BM"] == 8 or ("a8" in name and architecture == 100) or "narrow" in name
     check_build(products[name, architecture], mma="any" if older else "best")
 
 

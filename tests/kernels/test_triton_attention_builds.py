@@ -127,9 +127,9 @@ def test_a_wide_head_fits_a_small_device() -> None:
 @pytest.mark.parametrize("constant, dtype, codes", [("HALF_1024", F16, 256), ("BFLOAT_128", BF16, 16)])
 def test_codes_in_the_mantissa_are_exact(constant: str, dtype: torch.dtype, codes: int) -> None:
     """What the interpreter can't tell of bfloat16."""
-    from autocomp.kernels.triton import attention_decode
+    from autocomp.kernels.triton import attention_decode_kernels
 
-    base = getattr(attention_decode, constant).value
+    base = getattr(attention_decode_kernels, constant).value
     code = torch.arange(codes, dtype=torch.int16)
     shift = torch.tensor([base], dtype=torch.int16).view(dtype).float()
     assert torch.equal((code | base).view(dtype).float(), shift + code)

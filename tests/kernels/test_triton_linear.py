@@ -23,11 +23,13 @@ def test_numbers_in_the_interpreter(name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs to be without a device")
 def test_without_a_gpu_the_reasons_are_told_and_others_run() -> None:
+    from autocomp.kernels import ops
     from autocomp.kernels.activations import linear_w8a8
-    from autocomp.kernels.triton import register
+    from autocomp.kernels.library import load_cuda
     from autocomp.kernels.triton.linear import TRITON, tune
 
-    register()
+    load_cuda()
+    assert TRITON in ops.backends() and ops.choose(Scheme(4, 64), (64, 64), "cpu") is not TRITON
     assert "no CUDA device" in TRITON.supports(Scheme(4, 64), (64, 64), "cuda", 1)
     assert "run on cuda, not on cpu" in TRITON.supports(Scheme(4, 64), (64, 64), "cpu", 1)
     x, codes = torch.ones(3, 64), torch.ones(8, 64, dtype=torch.int8)

@@ -77,7 +77,7 @@ def test_tiny_weights_do_not_make_endless_rounds() -> None:
 
 
 def test_what_is_only_simulated_has_no_time() -> None:
-    with pytest.raises(CapabilityError, match=r"linear/64x64/w3g64 has no latency here.*w4g64"):
-        time_op("linear/64x64/w3g64")
+    with pytest.raises(CapabilityError, match=r"linear/64x64/w3g8 has no latency here.*w4g64"):
+        time_op("linear/64x64/w3g8")
     with pytest.raises(ValueError, match="at least 1; got 0"):
         time_op("linear/64x64/w8", tokens=0)

@@ -55,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_linear_is_the_exact_product(scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     state, dense = packed(scheme, shape)
-    for tokens in (1, 9):
+    for tokens in (1, 9, 70) if shape[0] < 40 else (1, 9):
         x = guarded(random(tokens, shape[1], dtype=dtype, seed=tokens))
         bias = guarded(random(shape[0], dtype=dtype, seed=2))
         y = state.backend.linear(x, state, bias)
