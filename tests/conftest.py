@@ -59,7 +59,14 @@ def make_job(tmp_path_factory: pytest.TempPathFactory, short_text: list[str]) ->
             folders[kind, dtype] = tiny_model(kind, root / f"{kind}-{dtype}", dtype=dtype)
         data = {"calibration": 8, "proxy": 6, "selection": 4, "report": 4}
         data |= {"text": short_text, "sequence_length": 24}
-        scenario = {"prompt_tokens": 8, "context_tokens": 8, "decode_tokens": 2, "repeats": 2, "threads": 1}
+        scenario = {
+            "prompt_tokens": 8,
+            "context_tokens": 8,
+            "decode_tokens": 2,
+            "repeats": 2,
+            "threads": 1,
+            "seconds": 0,
+        }
         return {
             "workload": {"model": str(folders[kind, dtype]), "data": data, "scenario": scenario},
             "space": [{"bitwidths": bitwidths or {"options": ["w3g32", "w4g32", "w8", "w16"]}}],

@@ -61,7 +61,8 @@ class ScenarioConfig(BaseModel):
         decode_tokens: decode steps a timed call makes; ``decode_ms`` is their mean.
         batch: sequences served at once.
         threads: CPU threads; 0 for all that the worker has.
-        repeats: timed calls; the median is reported.
+        repeats: timed calls, at least; the median is reported.
+        seconds: decode steps are timed for at least so long: short ones need more samples.
         runtime: what decodes. ``lean`` is our decode path (one call into C per token, on the CPU), ``eager``
             the model's own forward; ``auto`` is lean where the model allows it, and says why where not.
     """
@@ -74,6 +75,7 @@ class ScenarioConfig(BaseModel):
     batch: int = Field(default=1, ge=1)
     threads: int = Field(default=0, ge=0)
     repeats: int = Field(default=5, ge=1)
+    seconds: float = Field(default=0.7, ge=0)
     runtime: Literal["auto", "lean", "eager"] = "auto"
 
 
@@ -299,7 +301,12 @@ class CausalLM(Workload):
             decoder=decoder,
         )  # fmt: skip
         metrics, details = measure(
-            server, repeats=s.repeats, threads=s.threads, device=built.device, generate=thorough
+            server,
+            repeats=s.repeats,
+            seconds=s.seconds,
+            threads=s.threads,
+            device=built.device,
+            generate=thorough,
         )
         return metrics, details | ({"why_eager": why_eager} if why_eager else {})
 

@@ -138,7 +138,7 @@ class Server:
 
 
 def measure(
-    server: Server, *, repeats: int, threads: int, device: str, generate: bool = True
+    server: Server, *, repeats: int, threads: int, device: str, seconds: float = 0.0, generate: bool = True
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Time ``server``: ``prefill_ms`` (one prompt batch), ``decode_ms`` (one token of every sequence in the
     batch), ``resident_mb`` (10**6 bytes of weights as the kernels hold them) and ``peak_mb`` (those plus the
@@ -149,15 +149,15 @@ def measure(
     """
     steps = len(server.steps)
 
-    def per_token(call: Callable[[], None], count: int) -> Timing:
-        return time_calls(call, warmup=1, repeats=count, device=device, calls=steps)
+    def per_token(call: Callable[[], None], count: int, least: float = 0.0) -> Timing:
+        return time_calls(call, warmup=1, repeats=count, device=device, calls=steps, min_seconds=least)
 
     with cpu_threads(threads) as in_force, torch.inference_mode():
         record = conditions(device, in_force)
         with peak_memory(device) as peak:
             prefill = time_calls(server.prefill, warmup=WARMUP, repeats=repeats, device=device)
             server.prepare_decode()
-            decode = per_token(server.decode, repeats)
+            decode = per_token(server.decode, repeats, seconds)
         if generate:
             generate_ms, reason = _try_generate(lambda: per_token(server.generate, min(3, repeats)))
     resident = weights_bytes(server.model)

@@ -31,7 +31,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--select", default="memory_mb <= 121, min kl")
+    parser.add_argument("--select", default="kl <= 0.05, min decode_ms")
     parser.add_argument("--prompt", default="Why is the sky blue? Answer in two sentences.")
     parser.add_argument("--out", type=Path, default=None, help="folder of the export")
     parser.add_argument("-o", "--override", action="append", default=[], help="dotted.key=value")
