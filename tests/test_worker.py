@@ -88,11 +88,12 @@ def test_generate_is_a_detail_of_final_measurements_and_no_metric(llama: ModelWo
     assert not any("generate" in name for name in found["metrics"])
 
 
-def test_what_nothing_executes_has_no_latency(llama: ModelWorker) -> None:
-    candidate = uniform(llama, "w8")
-    candidate[next(iter(candidate))] = "w3g32"
-    found = llama.measure(candidate, PROXY)
-    assert not set(found["metrics"]) & set(described(llama).timing)
+def test_what_nothing_executes_has_no_latency(make_worker: MakeWorker) -> None:
+    worker = make_worker("llama", options=["w3g8", "w8"])
+    candidate = uniform(worker, "w8")
+    candidate[next(iter(candidate))] = "w3g8"
+    found = worker.measure(candidate, PROXY)
+    assert not set(found["metrics"]) & set(described(worker).timing)
     assert {"kl", "memory_mb"} <= set(found["metrics"]) and found["details"] == {}
 
 
