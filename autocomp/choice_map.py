@@ -1,20 +1,24 @@
 """A map of one candidate: which option each part of each block was given.
 
 Rows are the kinds of decision inside a block, columns are blocks, colours are options. Decisions outside
-any block (embedding, head, a whole-model setting, the slots of a schedule) stand in a strip below.
+any block (embedding, head, a whole-model setting, the slots of a schedule) stand in a strip below. What
+key/value groups keep is drawn by ``autocomp.span_map``, and here only when nothing else is searched.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp import report
+from autocomp import report, run_files, span_map
 from autocomp.space import Candidate, Choice, Decision, SearchSpace, Value
+from autocomp.span_layout import is_attention, without_attention
+from autocomp.trial import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 _CELL = 0.3  # inches
 _WORDS = 14  # longest option that is written into a cell of the strip
+_LEGEND = 12  # with more options, those that are not taken are left out of the legend
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def choice_map_figure(space: SearchSpace, candidate: Candidate, title: str = "")
     from matplotlib.figure import Figure
 
     space.check(candidate)
+    space = without_attention(space)
     chart = layout(space)
     paint = _Paint(space)
     lines = -(-len(chart.strip) // _per_line(chart))
@@ -106,7 +112,7 @@ def choice_map_figure(space: SearchSpace, candidate: Candidate, title: str = "")
     handles = paint.legend(candidate)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
-    figure.suptitle(title or report.describe(candidate), fontsize=11)
+    figure.suptitle(textwrap.fill(title or report.describe(candidate), int(10 * width)), fontsize=11)
     return figure
 
 
@@ -118,12 +124,38 @@ def choice_map_png(space: SearchSpace, candidate: Candidate, path: str | Path, t
     return out
 
 
+def maps_of(run_dir: Path, trial: Trial) -> dict[str, Callable[[Path], object]]:
+    """Maps of what a trial chose: file name -> what writes it.
+
+    ``choices_NUMBER.png`` unless attention is all that was searched, ``spans_NUMBER.png`` if it was searched.
+
+    Raises:
+        RunError: the run's ``description.json`` is missing or can't be read.
+    """
+    description = run_files.read_description(run_dir)
+    space, candidate = description.space, trial.candidate
+    title = f"#{trial.number}: {report.describe(candidate)}"
+    attention = [is_attention(d) for d in space]
+    maps: dict[str, Callable[[Path], object]] = {}
+    if not all(attention):
+        maps[f"choices_{trial.number}.png"] = lambda path: choice_map_png(space, candidate, path, title)
+    if any(attention):
+        tokens = run_files.read_context(run_dir, description)
+        windows = {p.path: p.window for p in description.site.parts}
+        megabytes = description.exact["kv_mb"].total(candidate) if "kv_mb" in description.exact else None
+        maps[f"spans_{trial.number}.png"] = lambda path: span_map.span_map_png(
+            space, candidate, tokens, path, title, kv_mb=megabytes, windows=windows
+        )
+    return maps
+
+
 class _Paint:
     """Colours: one an option, from dark (first) to light (last); a float by its place in its interval."""
 
     def __init__(self, space: SearchSpace) -> None:
         from matplotlib import colormaps
 
+        self._names = [d.name for d in space]
         self._options = option_order(space)
         self._map = colormaps["viridis"]
 
@@ -140,7 +172,8 @@ class _Paint:
         """One patch an option, with how often the candidate takes it."""
         from matplotlib.patches import Patch
 
-        taken = [repr(v) for v in candidate.values.values()]
+        taken = [repr(candidate[name]) for name in self._names]
+        every = len(self._options) <= _LEGEND
         return [
             Patch(
                 facecolor=self._map(0.05 + 0.9 * i / max(1, len(self._options) - 1)),
@@ -148,6 +181,7 @@ class _Paint:
                 label=f"{option} ({taken.count(repr(option))})",
             )
             for i, option in enumerate(self._options)
+            if every or repr(option) in taken
         ]
 
 

@@ -122,7 +122,7 @@ def front(
     html: Annotated[Path | None, typer.Option(help="Write an interactive page.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture (.png, .svg, .pdf).")] = None,
     choices: Annotated[
-        Path | None, typer.Option("--map", help="Write a picture of what each layer of --select got.")
+        Path | None, typer.Option("--map", help="Write pictures of what --select chose for each layer.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -312,7 +312,6 @@ def _draw(
     if html is None and png is None and choices is None:
         return
     from autocomp import choice_map, plots
-    from autocomp.run_files import read_space
 
     written = []
     try:
@@ -321,11 +320,20 @@ def _draw(
         if png is not None:
             written.append(plots.front_png(found, png, selected))
         if choices is not None and selected is not None:
-            written.append(choice_map.choice_map_png(read_space(run_dir), selected.candidate, choices))
+            # The first map goes where it was asked for; spans beside choices get a name of their own.
+            maps = choice_map.maps_of(run_dir, selected)
+            for path, draw in zip(_map_paths(choices), maps.values(), strict=False):
+                draw(path)
+                written.append(path)
     except (OSError, ValueError) as error:  # a folder that can't be written, or a suffix nobody draws
         raise JobError(f"can't write the picture: {error}") from None
     for path in written:
         typer.echo(f"wrote {path}", err=True)
+
+
+def _map_paths(choices: Path) -> list[Path]:
+    """Where the first and the second map of a candidate go: ``map.png``, ``map_spans.png``."""
+    return [choices, choices.with_stem(f"{choices.stem}_spans")]
 
 
 def _read_candidate(path: Path) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def make_problem(
     if "sensitivity" in profiles:
         for metric in plan.quality:
             smaller_is_better = description.metrics.get(metric, True)
-            tables[metric] = _as_quality(profiles["sensitivity"], plan.space, metric, smaller_is_better)
+            for name in (metric, *_at_lengths(profiles["sensitivity"], metric)):
+                tables[name] = _as_quality(profiles["sensitivity"], plan.space, name, smaller_is_better)
     baselines = tuple(b for b in plan.baselines if not plan.space.violations(b))
     can_profile = "neighbourhood" in description.profiles and "kl" in plan.quality
     return Problem(
@@ -157,8 +158,11 @@ def _as_quality(
     Along ordered options (smallest storage first) an option that seems to hurt more than a smaller one, but
     within ``NOISE_SIGMA`` of their errors, takes the smaller one's cost: noise must not make a searcher pay
     for storage or shun it. A clear difference stays: per-row 4 bits can lose to grouped 3 bits.
+
+    A metric at one length (``kl_1024``) takes the rows that were profiled there (``{decision}@1024``), and
+    the plain ones of decisions that have none.
     """
-    table = _within(sensitivity, space)
+    table = _within(_at_length(sensitivity, metric), space)
     sign = 1.0 if smaller_is_better else -1.0
     costs = {}
     for name, row in table.costs.items():
@@ -168,6 +172,25 @@ def _as_quality(
             fixed = _without_noise(fixed, table.stderr.get(name, {}))
         costs[name] = {o: sign * cost for o, cost in fixed.items()}
     return AdditiveTable(metric, 0.0 if smaller_is_better else 1.0, costs, table.stderr)
+
+
+def _at_lengths(sensitivity: AdditiveTable, metric: str) -> list[str]:
+    """``kl_1024``, ``kl_2048``: the metric at each length that was profiled, where there are several."""
+    found = {int(n.rpartition("@")[2]) for n in sensitivity.costs if n.rpartition("@")[2].isdigit()}
+    return [f"{metric}_{n}" for n in sorted(found)] if len(found) > 1 else []
+
+
+def _at_length(table: AdditiveTable, metric: str) -> AdditiveTable:
+    """The table with the rows of the metric's own length in place of the plain ones."""
+    length = metric.rpartition("_")[2]
+    if not length.isdigit():
+        return table
+
+    def own(rows: Mapping[str, Mapping[Value, float]]) -> dict[str, Mapping[Value, float]]:
+        end = f"@{length}"
+        return {**rows, **{n.removesuffix(end): row for n, row in rows.items() if n.endswith(end)}}
+
+    return AdditiveTable(table.metric, table.base, own(table.costs), own(table.stderr), table.exact)
 
 
 def _without_noise(row: Mapping[Value, float], stderr: Mapping[Value, float]) -> dict[Value, float]:

@@ -56,6 +56,7 @@ class Registry:
 SEARCHERS = Registry(
     "searcher",
     {
+        "epsilon": "autocomp.searchers.epsilon:EpsilonSearcher",
         "evolution": "autocomp.searchers.evolution:EvolutionSearcher",
         "hybrid": "autocomp.searchers.hybrid:HybridSearcher",
         "ilp": "autocomp.searchers.ilp:IlpSearcher",
@@ -67,8 +68,20 @@ EXECUTORS = Registry(
     "executor",
     {"local": "autocomp.executors.local:LocalExecutor", "ray": "autocomp.executors.ray:RayExecutor"},
 )
-WORKLOADS = Registry("workload", {"causal_lm": "autocomp.workloads.causal_lm:CausalLM"})
-SPACES = Registry("space", {"bitwidths": "autocomp.search_spaces.bitwidths:Bitwidths"})
+WORKLOADS = Registry(
+    "workload",
+    {
+        "causal_lm": "autocomp.workloads.causal_lm:CausalLM",
+        "long_context": "autocomp.workloads.long_context:LongContext",
+    },
+)
+SPACES = Registry(
+    "space",
+    {
+        "attention": "autocomp.search_spaces.attention:Attention",
+        "bitwidths": "autocomp.search_spaces.bitwidths:Bitwidths",
+    },
+)
 EXPORTERS = Registry(
     "exporter",
     {

@@ -39,7 +39,8 @@ def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) 
             values[d.name] = d.domain.sample(rng)
     # Ties before distinctness: a decision may stand in both kinds.
     ties = [Tied(names) for names in moving_groups(space) if len(names) > 1]
-    for kind in (Ordered, SumTo, Tied, AtMostDistinct, Tied):
+    # Distinctness twice: where not all pieces combine, one constraint's repair may undo another's.
+    for kind in (Ordered, SumTo, Tied, AtMostDistinct, Tied, AtMostDistinct):
         among: Sequence[SpaceConstraint] = ties if kind is Tied else space.constraints
         for constraint in among:
             if isinstance(constraint, kind):
@@ -84,24 +85,51 @@ def _repair_tied(c: Tied, values: Values, rng: np.random.Generator, space: Searc
 
 
 def _repair_distinct(c: AtMostDistinct, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:
-    counts = Counter(values[n] for n in c.names)
+    """Keep ``k`` of the keys and move what has others to its nearest option with one of those.
+
+    They are drawn by how often they occur: the most common ones would leave a mutation no chance.
+    """
+    counts = Counter(c.key(values[n]) for n in c.names)
     if len(counts) <= c.k:
         return
-    kept = [value for value, _ in counts.most_common(c.k)]
-    group_of = {n: group for group in moving_groups(space) for n in group}
-    for n in c.names:
-        if values[n] in kept:
+    share = np.array(list(counts.values()), dtype=float) / len(c.names)
+    drawn = rng.choice(len(counts), size=c.k, replace=False, p=share)
+    kept = {list(counts)[int(i)] for i in drawn}
+    for n, partners in _partners(c, space):
+        if c.key(values[n]) in kept:
             continue
-        partners = group_of[n]  # tied decisions come along, or the next repair of ties would undo this
-        allowed = [v for v in kept if all(space.by_name[m].domain.contains(v) for m in partners)]
+        allowed = [v for v in _shared(partners, space) if c.key(v) in kept]
         if allowed:
             values.update(dict.fromkeys(partners, _nearest(space.by_name[n].domain, values[n], allowed)))
 
 
+def _partners(c: AtMostDistinct, space: SearchSpace) -> list[tuple[str, tuple[str, ...]]]:
+    """Each name of the constraint, and all that are tied to it: one that moved alone would be moved back."""
+    group_of = {n: group for group in moving_groups(space) for n in group}
+    return [(n, group_of[n]) for n in c.names]
+
+
+def _shared(names: Sequence[str], space: SearchSpace) -> list[Value]:
+    """Options that all of the named decisions have."""
+    first, *others = [space.by_name[n] for n in names]
+    return [o for o in first.options if all(d.domain.contains(o) for d in others)]
+
+
 def _nearest(domain: Choice | Interval, value: Value, allowed: list[Value]) -> Value:
+    """The allowed option that differs from ``value`` in the fewest pieces, then by its place in the list."""
     if isinstance(domain, Choice):
-        return min(allowed, key=lambda v: abs(domain.index(v) - domain.index(value)))
+        at = domain.index(value)
+        return min(allowed, key=lambda v: (_changed(v, value), abs(domain.index(v) - at)))
     return min(allowed, key=lambda v: abs(float(v or 0) - float(value or 0)))
+
+
+def _changed(a: Value, b: Value) -> int:
+    """Pieces between slashes in which two options differ; options of another form differ in one."""
+    if a == b:
+        return 0
+    if not (isinstance(a, str) and isinstance(b, str)) or a.count("/") != b.count("/"):
+        return 1
+    return sum(x != y for x, y in zip(a.split("/"), b.split("/"), strict=True))
 
 
 _REPAIRS: dict[type, Callable[[Any, Values, np.random.Generator, SearchSpace], None]] = {
@@ -137,10 +165,10 @@ def _repair_budget(c: LinearBudget, values: Values, rng: np.random.Generator, sp
         moved = False
         for index in rng.permutation(len(groups)):
             names = groups[int(index)]
-            cheaper = _cheaper_moves(c, names, values, space, structural)
-            if not cheaper:
+            cheaper = _cheaper_move(c, names, values, space, structural)
+            if cheaper is None:
                 continue
-            option, saved = cheaper[0]
+            option, saved = cheaper
             values.update(dict.fromkeys(names, option))
             total, moved = total - saved, True
             if total <= c.upper:
@@ -154,43 +182,62 @@ def _repair_budget(c: LinearBudget, values: Values, rng: np.random.Generator, sp
 def _cheaper_together(
     c: LinearBudget, values: Values, space: SearchSpace, structural: list[AtMostDistinct]
 ) -> float:
-    """Move all decisions of a distinctness constraint to one cheaper option; returns what that saves.
+    """Move all decisions of a distinctness constraint to one key that costs less; returns what that saves.
 
-    Where few values are allowed no single move may be left, though all together could go down. Decisions
-    tied to a member come along.
+    Where few values are allowed no single move may be left, though all together could go down. Of an option
+    only the piece that is counted changes where it can. Decisions tied to a member come along.
     """
     for limit in structural:
-        members = {n for g in moving_groups(space) if set(g) & set(limit.names) for n in g}
+        partners = dict(_partners(limit, space))
+        members = {n for group in partners.values() for n in group}
         now = sum(c.table.cost(n, values[n]) for n in members)
-        shared = [o for o in space.by_name[limit.names[0]].options
-                  if all(space.by_name[n].domain.contains(o) for n in members)]  # fmt: skip
-        costs = {o: sum(c.table.cost(n, o) for n in members) for o in shared}
-        option = min(costs, key=lambda o: costs[o], default=None)
-        if costs and costs[option] < now:
-            after = {**values, **dict.fromkeys(members, option)}
-            if all(k.violation(after) <= k.violation(values) for k in structural):
-                values.update(after)
-                return now - costs[option]
+        found: tuple[float, Values] | None = None
+        for key in dict.fromkeys(limit.key(o) for o in space.by_name[limit.names[0]].options):
+            after = _with_key(limit, key, partners, values, space)
+            if after is None:
+                continue
+            saved = now - sum(c.table.cost(n, after[n]) for n in members)
+            better = saved > 0 and (found is None or saved > found[0])
+            if better and all(k.violation(after) <= k.violation(values) for k in structural):
+                found = saved, after
+        if found is not None:
+            values.update(found[1])
+            return found[0]
     return 0.0
 
 
-def _cheaper_moves(
+def _with_key(
+    limit: AtMostDistinct,
+    key: str,
+    partners: dict[str, tuple[str, ...]],
+    values: Values,
+    space: SearchSpace,
+) -> Values | None:
+    """``values`` with the limit's decisions at their nearest options with ``key``; ``None``: one has none."""
+    after = dict(values)
+    for n, group in partners.items():
+        if limit.key(after[n]) == key:
+            continue
+        allowed = [o for o in _shared(group, space) if limit.key(o) == key]
+        if not allowed:
+            return None
+        after.update(dict.fromkeys(group, _nearest(space.by_name[n].domain, after[n], allowed)))
+    return after
+
+
+def _cheaper_move(
     c: LinearBudget,
     names: tuple[str, ...],
     values: Values,
     space: SearchSpace,
     structural: list[AtMostDistinct],
-) -> list[tuple[Value, float]]:
-    """Options that cost less for the whole group, the smallest saving first."""
+) -> tuple[Value, float] | None:
+    """The option that saves the least for the whole group (but something), and what it saves."""
     now = sum(c.table.cost(n, values[n]) for n in names)
-    moves = []
-    for option in space.by_name[names[0]].options:
-        if not all(space.by_name[n].domain.contains(option) for n in names):
-            continue
-        saved = now - sum(c.table.cost(n, option) for n in names)
-        if not saved > 0:
-            continue
-        after = {**values, **dict.fromkeys(names, option)}
-        if all(k.violation(after) <= k.violation(values) for k in structural if set(names) & set(k.names)):
-            moves.append((option, saved))
-    return sorted(moves, key=lambda m: m[1])
+    savings = [(now - sum(c.table.cost(n, o) for n in names), o) for o in _shared(names, space)]
+    mine = [(k, k.violation(values)) for k in structural if not set(names).isdisjoint(k.names)]
+    for saved, option in sorted((s for s in savings if s[0] > 0), key=lambda s: s[0]):
+        after = {**values, **dict.fromkeys(names, option)} if mine else values
+        if all(k.violation(after) <= before for k, before in mine):
+            return option, saved
+    return None

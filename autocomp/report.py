@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autocomp.attention.plan import DENSE, Keep, Rule
+from autocomp.errors import RunError, SpaceError
 from autocomp.pareto import FrontPoint, ParetoFront
 from autocomp.space import Candidate, Value
 from autocomp.spread import spread
@@ -56,11 +58,35 @@ def is_baseline(trial: Trial) -> bool:
 def describe(candidate: Candidate, longest: int = 4) -> str:
     """What a candidate chose, in a few words: ``w4g64`` or ``w4g64×30 w3g64×8 w8×2``.
 
+    Of attention, spans and bits are counted apart and sinks are left out: ``spans 25%×60 dense×30, k8v4``.
+
     Args:
         candidate: any assignment; spaces are joined with ``|``.
         longest: options named a space, the most frequent first; the rest is counted.
     """
-    return " | ".join(_describe_values(values, longest) for values in _by_space(candidate).values())
+    return " | ".join(_describe_space(*item, longest) for item in _by_space(candidate).items())
+
+
+def _describe_space(space: str, values: Sequence[Value], longest: int) -> str:
+    if space != "attention":
+        return _describe_values(values, longest)
+    try:
+        keeps = [Keep.parse(str(value)) for value in values]
+    except SpaceError:  # a space of someone else with this name
+        return _describe_values(values, longest)
+    spans = _describe_values([_span_words(k.rule) for k in keeps], longest)
+    bits = _describe_values([f"k{k.key_bits}v{k.value_bits}" for k in keeps], longest)
+    words = spans if spans == "dense" else f"spans {spans}"
+    return words if bits == "k16v16" else f"{words}, {bits}"
+
+
+def _span_words(rule: Rule) -> str:
+    """``512``, ``25%``, ``25%+512``: tokens, a share of the prompt, or both. Sinks are left out."""
+    if rule == DENSE:
+        return "dense"
+    if rule.beta == 0:
+        return str(rule.alpha)
+    return f"{100 * rule.beta:g}%" + (f"{rule.alpha:+d}" if rule.alpha else "")
 
 
 def _describe_values(values: Sequence[Value], longest: int) -> str:
@@ -113,7 +139,8 @@ def grid(front: ParetoFront, selected: Trial | None = None, metrics: Iterable[st
     Args:
         front: a labelled set of trials.
         selected: the trial to highlight.
-        metrics: columns; by default the objectives, the constrained metrics and ``avg_bits``.
+        metrics: columns; by default the objectives, the constrained metrics and, where they were measured,
+            ``avg_bits`` (of weights), ``kv_mb`` and ``density`` (of attention).
     """
     shown = [p for p in front.points if p.label != "dominated" or is_baseline(p.trial)]
     columns = list(metrics) if metrics is not None else _default_metrics(front)
@@ -133,7 +160,8 @@ def grid(front: ParetoFront, selected: Trial | None = None, metrics: Iterable[st
 
 
 def _default_metrics(front: ParetoFront) -> list[str]:
-    wanted = [o.metric for o in front.objectives] + [c.metric for c in front.constraints] + ["avg_bits"]
+    wanted = [o.metric for o in front.objectives] + [c.metric for c in front.constraints]
+    wanted += ["avg_bits", "kv_mb", "density"]
     known = {m for p in front.points for m in p.trial.values()}
     return [m for m in dict.fromkeys(wanted) if m in known]
 
@@ -198,8 +226,9 @@ def rich_table(
 def write_artifacts(result: StudyResult, maps: int = 4) -> list[Path]:
     """Draw a study's pictures and tables into its run directory.
 
-    ``front.html``, ``front.png``, ``front.md``, ``hypervolume.png``, ``audit_METRIC.png`` for each audit and
-    ``choices_NUMBER.png`` for up to ``maps`` points of the front. What can't be drawn is logged and left out.
+    ``front.html``, ``front.png``, ``front.md``, ``hypervolume.png``, ``audit_METRIC.png`` for each audit and,
+    for up to ``maps`` points of the front, ``choices_NUMBER.png`` and ``spans_NUMBER.png`` (attention is
+    in the latter; neither is written empty). What can't be drawn is logged and left out.
 
     Returns:
         What is there now, the study's own ``front.json`` and ``job.yaml`` included.
@@ -217,7 +246,7 @@ def write_artifacts(result: StudyResult, maps: int = 4) -> list[Path]:
 
 def _drawings(result: StudyResult, maps: int) -> dict[str, Callable[[Path], object]]:
     """File name -> what writes it."""
-    from autocomp import plots
+    from autocomp import choice_map, plots
 
     front = result.front
     jobs: dict[str, Callable[[Path], object]] = {
@@ -230,17 +259,12 @@ def _drawings(result: StudyResult, maps: int) -> dict[str, Callable[[Path], obje
         draw = partial(plots.audit_png, metric, found["predicted"], found["measured"])
         jobs[f"audit_{re.sub('[^A-Za-z0-9_.-]', '_', metric)}.png"] = draw
     found_by_search = [p.trial for p in front.front if not is_baseline(p.trial)]
-    for trial in spread(found_by_search, front.objectives, maps):
-        jobs[f"choices_{trial.number}.png"] = partial(_draw_map, result.run_dir, trial)
+    try:
+        for trial in spread(found_by_search, front.objectives, maps):
+            jobs |= choice_map.maps_of(result.run_dir, trial)
+    except RunError as error:
+        logger.warning("could not draw the maps of choices: %s", error)
     return jobs
-
-
-def _draw_map(run_dir: Path, trial: Trial, path: Path) -> Path:
-    from autocomp.choice_map import choice_map_png
-    from autocomp.run_files import read_space
-
-    title = f"#{trial.number}: {describe(trial.candidate)}"
-    return choice_map_png(read_space(run_dir), trial.candidate, path, title)
 
 
 def empty_note(front: ParetoFront) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -209,15 +209,33 @@ class Tied:
         return float(len({repr(values[n]) for n in self.names}) - 1)
 
 
+@lru_cache(maxsize=65536)
+def _piece(option: str, index: int) -> str | None:
+    pieces = option.split("/")
+    return pieces[index] if 0 <= index < len(pieces) else None
+
+
 @dataclass(frozen=True)
 class AtMostDistinct:
-    """The named decisions take at most ``k`` different values between them (MoA: two rules a layer)."""
+    """The named decisions take at most ``k`` different values between them (MoA: two rules a layer).
+
+    With ``field`` only one piece of each option counts: options are then texts with slashes, and of
+    ``a512b0s16/k8v4`` field 0 is ``a512b0s16`` and field 1 ``k8v4``.
+    """
 
     names: tuple[str, ...]
     k: int
+    field: int | None = None
+
+    def key(self, value: Value) -> str:
+        """What is counted of ``value``."""
+        if self.field is None or not isinstance(value, str):
+            return repr(value)
+        piece = _piece(value, self.field)
+        return repr(value) if piece is None else piece
 
     def violation(self, values: Mapping[str, Value]) -> float:
-        return float(max(0, len({repr(values[n]) for n in self.names}) - self.k))
+        return float(max(0, len({self.key(values[n]) for n in self.names}) - self.k))
 
 
 @dataclass(frozen=True)
@@ -287,6 +305,8 @@ class SearchSpace:
             if unknown:
                 kind = type(constraint).__name__
                 raise SpaceError(f"{kind} names decisions that are not in the space: {unknown[:3]}")
+            if isinstance(constraint, AtMostDistinct) and constraint.field is not None:
+                _check_field(constraint, self.by_name)
 
     @cached_property
     def by_name(self) -> Mapping[str, Decision]:
@@ -367,6 +387,19 @@ class SearchSpace:
         return SearchSpace(self.decisions, (*self.constraints, *extra))
 
 
+def _check_field(constraint: AtMostDistinct, by_name: Mapping[str, Decision]) -> None:
+    """Raise ``SpaceError`` when some option of the named decisions lacks the piece that is to be counted."""
+    field = constraint.field or 0
+    for name in constraint.names:
+        options = by_name[name].options
+        lacking = [o for o in options if not isinstance(o, str) or _piece(o, field) is None]
+        if lacking or not options:
+            raise SpaceError(
+                f"AtMostDistinct counts field {field} of {name}, whose options must be texts with at least"
+                f" {field + 1} pieces between slashes; got {lacking[:3] or by_name[name].domain}"
+            )
+
+
 def _ordered(domain: Domain) -> bool:
     return isinstance(domain, Choice) and domain.ordered
 
@@ -380,7 +413,12 @@ def _constraint_text(constraint: SpaceConstraint, values: Mapping[str, Value]) -
         total = constraint.violation(values) + constraint.upper
         return f"{constraint.table.metric} = {total:.6g} is over the budget {constraint.upper:.6g}"
     kind = type(constraint).__name__
-    return f"{kind}({', '.join(constraint.names[:3])}...) is off by {constraint.violation(values):.3g}"
+    shown = ", ".join(constraint.names[:3])
+    if isinstance(constraint, AtMostDistinct) and constraint.field is not None:
+        keys = sorted({constraint.key(values[n]) for n in constraint.names})
+        where = f"field {constraint.field} of {shown}..."
+        return f"{kind}: {where} takes {len(keys)} different values {keys}, over {constraint.k}"
+    return f"{kind}({shown}...) is off by {constraint.violation(values):.3g}"
 
 
 _KINDS: dict[str, type] = {k.__name__: k for k in (Tied, AtMostDistinct, SumTo, Ordered)}
@@ -402,7 +440,9 @@ def space_to_json(space: SearchSpace) -> dict[str, Any]:
         if isinstance(c, LinearBudget):
             constraints.append({"kind": "LinearBudget", "table": c.table.to_json(), "upper": c.upper})
         else:
-            fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(c).items()}
+            # What is None is left out: a space without pieces keeps the fingerprint that it always had.
+            given = {k: v for k, v in vars(c).items() if v is not None}
+            fields = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
             constraints.append({"kind": type(c).__name__, **fields})
     return {"decisions": decisions, "constraints": constraints}
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from autocomp.job import Job
 from autocomp.measure import device as devices
 from autocomp.measure.quiet import computing, default_path, timing
 from autocomp.objective import Constraint, Objective
-from autocomp.predictors import sensitivity
+from autocomp.predictors import influence, sensitivity
 from autocomp.predictors.grams import GramStore
 from autocomp.profile import ProfileRequest, ProfileResult
 from autocomp.quantize.bank import LayerBank, default_folder
@@ -68,6 +68,7 @@ class ModelWorker:
         self.decisions: dict[str, list[Decision]] = {s.name: s.decisions(site) for s in self.spaces}
         state["decisions"] = self.decisions
         self._teachers: set[tuple[str, int]] = set()
+        self._profile_teacher = False
         state["bank"] = LayerBank(folder=default_folder())
         if hasattr(self.workload, "inputs"):
             ids = self.workload.inputs(self.built, "calibration", self._calibration_size())
@@ -129,7 +130,7 @@ class ModelWorker:
         return {name: reasons for name, reasons in limits.items() if reasons}
 
     def _local_profiles(self) -> tuple[str, ...]:
-        able = hasattr(self.workload, "divergence") and all(hasattr(s, "move") for s in self.spaces)
+        able = hasattr(self.workload, "divergence") and all(s.profiled_by for s in self.spaces)
         return ("neighbourhood",) if able else ()
 
     @cached_property
@@ -187,19 +188,35 @@ class ModelWorker:
             return self._sensitivity(method, wanted).to_json()
 
     def _sensitivity(self, method: str, request: ProfileRequest) -> ProfileResult:
-        decisions = [d for s in self.spaces for d in self.decisions[s.name]]
-        if method in sensitivity.GRADIENT_METHODS:
+        """Each space's own way to profile where the method has one; otherwise single changes are measured."""
+        weights, attention = self._profiled_by("weights"), self._profiled_by("attention")
+        rest = self._profiled_by("")
+        folds = max(1, 4 // request.shards)
+        results = [ProfileResult(request.kind, {})]
+        if method in sensitivity.GRADIENT_METHODS and weights:
             ids = self.workload.inputs(self.built, "calibration", self._calibration_size())  # type: ignore[attr-defined]
             mine = ids[request.shard :: request.shards]
-            folds = max(1, 4 // request.shards)
-            return sensitivity.gradient_sensitivity(
-                self.built, mine, decisions, self._delta, method=method, folds=folds
+            results.append(
+                sensitivity.gradient_sensitivity(
+                    self.built, mine, weights, self._delta, method=method, folds=folds
+                )
             )
-        mine_decisions = decisions[request.shard :: request.shards]
-        if method == "activation":
-            gram = self.built.state["hessian"]
-            return sensitivity.activation_sensitivity(self.built, mine_decisions, self._delta, gram)
-        return sensitivity.measured_sensitivity(mine_decisions, self._single_change)
+        elif method == "activation":
+            some, gram = weights[request.shard :: request.shards], self.built.state["hessian"]
+            results.append(sensitivity.activation_sensitivity(self.built, some, self._delta, gram))
+        else:
+            rest = [*weights, *rest]
+        if method in influence.METHODS and attention:
+            results.append(self._influence(method, request, attention, folds))
+        else:
+            rest = [*rest, *attention]
+        mine_decisions = rest[request.shard :: request.shards]
+        if mine_decisions:
+            results.append(sensitivity.measured_sensitivity(mine_decisions, self._single_change))
+        return ProfileResult.merge([replace(r, kind=request.kind) for r in results])
+
+    def _profiled_by(self, way: str) -> list[Decision]:
+        return [d for s in self.spaces if s.profiled_by == way for d in self.decisions[s.name]]
 
     def _delta(self, part: Part, option: Value) -> torch.Tensor | None:
         return self._move(part, self._uncompressed[self._decision_of[part.path].name], option)
@@ -219,8 +236,43 @@ class ModelWorker:
         """Path of a part -> the decision that changes it."""
         return {path: d for row in self.decisions.values() for d in row for path in d.sites}
 
+    def _influence(
+        self, method: str, request: ProfileRequest, decisions: Sequence[Decision], folds: int
+    ) -> ProfileResult:
+        """Sensitivities of the key/value heads, from this shard's sequences of every profiled length."""
+        started = time.perf_counter()
+        rows = influence.attention_sensitivity(
+            self.built,
+            self._batches(request),
+            decisions,
+            self._uncompressed.values,
+            method=method,
+            folds=folds,
+        )
+        return ProfileResult(request.kind, rows, time.perf_counter() - started)
+
+    def _batches(self, request: ProfileRequest) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+        """This shard's part of the workload's sequences for profiles of attention."""
+        workload: Any = self.workload
+        mine = slice(request.shard, None, request.shards)
+        return {
+            length: (ids[mine], None if mask is None else mask[mine])
+            for length, (ids, mask) in workload.profile_batches(self.built).items()
+        }
+
     def _neighbourhood(self, request: ProfileRequest, candidate: Candidate) -> ProfileResult:
         """Costs of leaving ``candidate``, from this shard's calibration sequences."""
+        weights, attention = self._profiled_by("weights"), self._profiled_by("attention")
+        results = [ProfileResult(request.kind, {})]
+        if weights:
+            results.append(self._weights_around(request, candidate, weights))
+        if attention:
+            results.append(self._attention_around(request, candidate, attention, base=not weights))
+        return ProfileResult.merge(results)
+
+    def _weights_around(
+        self, request: ProfileRequest, candidate: Candidate, decisions: Sequence[Decision]
+    ) -> ProfileResult:
         size = self._calibration_size()
         level = Fidelity("sensitivity", "calibration", size, timing=False)
         self._ensure_teacher(level)
@@ -230,13 +282,37 @@ class ModelWorker:
         return sensitivity.neighbourhood_sensitivity(
             self.built,
             workload.inputs(self.built, "calibration", size)[positions],
-            [d for s in self.spaces for d in self.decisions[s.name]],
+            decisions,
             candidate.values,
             self._move,
             lambda logits, index: workload.divergence(self.built, "calibration", logits, index),
             positions=positions,
             folds=max(1, 2 // request.shards),
         )
+
+    def _attention_around(
+        self, request: ProfileRequest, candidate: Candidate, decisions: Sequence[Decision], *, base: bool
+    ) -> ProfileResult:
+        """``base``: keep the rows with the KL itself; otherwise the weights' profile has them."""
+        started = time.perf_counter()
+        workload: Any = self.workload
+        if not self._profile_teacher:
+            self._restore()
+            workload.ensure_profile_teacher(self.built)
+            self._profile_teacher = True
+        self._apply(candidate, serving=False)
+
+        def divergence(logits: torch.Tensor, length: int, row: int) -> torch.Tensor:
+            index = request.shard + row * request.shards
+            found: torch.Tensor = workload.profile_divergence(self.built, logits, length, index)
+            return found
+
+        folds = max(1, 2 // request.shards)
+        rows = influence.attention_neighbourhood(
+            self.built, self._batches(request), decisions, candidate.values, divergence, folds=folds
+        )
+        kept = {n: row for n, row in rows.items() if base or n.partition("@")[0] != sensitivity.BASE}
+        return ProfileResult(request.kind, kept, time.perf_counter() - started)
 
     def _single_change(self, name: str, option: Value) -> tuple[float, int]:
         fidelity = Fidelity("sensitivity", "calibration", self._calibration_size(), timing=False)
@@ -329,9 +405,7 @@ class ModelWorker:
             space.apply(self.built, choices, serving=serving)
 
     def _restore(self) -> None:
-        swapper = self.built.state.get("swapper")
-        if swapper is not None:
-            swapper.restore()
+        self._apply(self._uncompressed, serving=False)
 
     def _ensure_teacher(self, fidelity: Fidelity) -> None:
         """The uncompressed model's outputs must exist before a compressed one is scored."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from autocomp.kernels import attention_checks as checks
+from autocomp.kernels import attention_diffusion_reference as diffusion
 from autocomp.kernels import attention_reference as reference
 from autocomp.kernels import cpu_attention, cpu_attention_tiles
 from autocomp.kernels.library import Operator
@@ -50,33 +51,48 @@ def _fake_spans(q: Tensor, k: Tensor, v: Tensor, window: Tensor, sink: Tensor, s
     return q.new_empty(q.shape)
 
 
-def _fake_decode_spans(
+def _fake_decode_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    length: int,
+    lengths: Tensor,
+    key_bits: int,
+    value_bits: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    checks.check_rings(q.shape[0], q.shape[-1], k, v, head_start, window, sink)
-    checks.check_groups(q.shape[1], head_start.shape[0] - 1)
+    cache = (k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink)
+    checks.check_cache(q.shape[0], q.shape[-1], *cache, key_bits, value_bits)
+    checks.check_decode_cache(q, head_start, lengths)
     return q.new_empty(q.shape)
 
 
 def _fake_append(
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     new_k: Tensor,
     new_v: Tensor,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    position: int,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
 ) -> None:
-    checks.check_rings(k.shape[0], k.shape[2], k, v, head_start, window, sink)
-    checks.check_append(k, new_k, new_v, head_start, position)
+    cache = (k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink)
+    checks.check_append(new_k, new_v, head_start, positions)
+    checks.check_cache(new_k.shape[0], new_k.shape[2], *cache, key_bits, value_bits)
 
 
 def _fake_window_residual(
@@ -124,28 +140,30 @@ attention_spans = Operator(
     reference.attention_spans,
     _fake_spans,
 )
-decode_attention_spans = Operator(
-    "decode_attention_spans(Tensor q, Tensor k, Tensor v, Tensor head_start, Tensor window, Tensor sink, "
-    "SymInt length, float scale) -> Tensor",
-    reference.decode_attention_spans,
-    _fake_decode_spans,
+decode_attention_cache = Operator(
+    "decode_attention_cache(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? k_min, Tensor? v_scale, "
+    "Tensor? v_min, Tensor head_start, Tensor window, Tensor sink, Tensor lengths, int key_bits, "
+    "int value_bits, float scale, float softcap=0.0) -> Tensor",
+    reference.decode_attention_cache,
+    _fake_decode_cache,
 )
-spans_append = Operator(
-    "spans_append(Tensor(a!) k, Tensor(b!) v, Tensor new_k, Tensor new_v, Tensor head_start, Tensor window, "
-    "Tensor sink, SymInt position) -> ()",
-    reference.spans_append,
+cache_append = Operator(
+    "cache_append(Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? k_min, Tensor(e!)? v_scale, "
+    "Tensor(f!)? v_min, Tensor new_k, Tensor new_v, Tensor head_start, Tensor window, Tensor sink, "
+    "Tensor positions, int key_bits, int value_bits) -> ()",
+    reference.cache_append,
     _fake_append,
 )
 attention_window_residual = Operator(
     "attention_window_residual(Tensor q, Tensor k, Tensor v, Tensor half_window, SymInt prefix, "
     "Tensor? residual, Tensor mode, float? scale=None) -> (Tensor, Tensor)",
-    reference.attention_window_residual,
+    diffusion.attention_window_residual,
     _fake_window_residual,
 )
 attention_block_sparse = Operator(
     "attention_block_sparse(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, int block, "
     "Tensor? order=None, float? scale=None) -> Tensor",
-    reference.attention_block_sparse,
+    diffusion.attention_block_sparse,
     _fake_block_sparse,
 )
 
@@ -155,8 +173,8 @@ OPERATORS = {
         kv_quantize,
         decode_attention_kv,
         attention_spans,
-        decode_attention_spans,
-        spans_append,
+        decode_attention_cache,
+        cache_append,
         attention_window_residual,
         attention_block_sparse,
     )

@@ -103,27 +103,74 @@ def check_spans(window: Tensor, sink: Tensor, heads: int) -> None:
     _shape("sink", sink, (heads,))
 
 
-def check_rings(
-    batch: int, dim: int, k: Tensor, v: Tensor, head_start: Tensor, window: Tensor, sink: Tensor
+def check_cache(
+    batch: int,
+    dim: int,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
+    head_start: Tensor,
+    window: Tensor,
+    sink: Tensor,
+    key_bits: int,
+    value_bits: int,
 ) -> None:
-    _floats(k=k, v=v)
+    """Ragged rings ``[batch, slots, ...]`` of ``dim`` features."""
     if k.dim() != 3:
-        raise ValueError(f"k must be [batch, slots, dim], not {tuple(k.shape)}")
-    _shape("k", k, (batch, k.shape[1], dim))
-    _shape("v", v, tuple(k.shape), " like k")
+        raise ValueError(f"k must be [batch, slots, dim], or codes of it, not {tuple(k.shape)}")
+    _entries("k", key_bits, (batch, k.shape[1], dim), k, k_scale, k_min)
+    _entries("v", value_bits, (batch, k.shape[1], dim), v, v_scale, v_min)
     _is(torch.int64, head_start=head_start)
     if head_start.dim() != 1 or head_start.shape[0] < 2:
         raise ValueError(f"head_start must be [kv_heads + 1], not {tuple(head_start.shape)}")
     check_spans(window, sink, head_start.shape[0] - 1)
 
 
-def check_append(k: Tensor, new_k: Tensor, new_v: Tensor, head_start: Tensor, position: int) -> None:
+def _entries(
+    side: str, bits: int, shape: tuple[int, int, int], rows: Tensor, scale: Tensor | None, low: Tensor | None
+) -> None:
+    """Keys or values of a cache: numbers of 16 or 32 bits, or codes with scale and minimum."""
+    if bits not in (4, 8, 16, 32):
+        raise ValueError(f"{side}: bits must be 32, 16, 8 or 4, not {bits}")
+    if bits >= 16:
+        if not rows.is_floating_point() or 8 * rows.element_size() != bits:
+            raise TypeError(f"{side} must be of {bits} bits as told, not {rows.dtype}")
+        if scale is not None or low is not None:
+            raise ValueError(f"{side}_scale and {side}_min belong to 8 or 4 bits: leave them out at {bits}")
+        return _shape(side, rows, shape)
+    if (shape[2] * bits) % 8:
+        raise ValueError(f"{side}: 4-bit codes lie two in a byte: dim must be even, not {shape[2]}; use 8")
+    if scale is None or low is None:
+        raise ValueError(f"{side}_scale and {side}_min are needed at {bits} bits; kv_quantize gives them")
+    _is(torch.uint8, **{side: rows})
+    _is(torch.float32, **{f"{side}_scale": scale, f"{side}_min": low})
+    _shape(side, rows, (*shape[:2], shape[2] * bits // 8), f" at {bits} bits")
+    _shape(f"{side}_scale", scale, shape[:2])
+    _shape(f"{side}_min", low, shape[:2])
+
+
+def check_decode_cache(q: Tensor, head_start: Tensor, lengths: Tensor) -> None:
+    """What decoding asks beyond ``check_cache``."""
+    _floats(q=q)
+    if q.dim() != 4 or q.shape[2] != 1:
+        raise ValueError(f"q must be [batch, heads, 1, dim], not {tuple(q.shape)}")
+    check_groups(q.shape[1], head_start.shape[0] - 1)
+    _is(torch.int32, lengths=lengths)
+    _shape("lengths", lengths, (q.shape[0],))
+
+
+def check_append(new_k: Tensor, new_v: Tensor, head_start: Tensor, positions: Tensor) -> None:
+    """What storing asks beyond ``check_cache``."""
     _floats(new_k=new_k, new_v=new_v)
-    wanted = (k.shape[0], head_start.shape[0] - 1, k.shape[2])
-    _shape("new_k", new_k, wanted)
-    _shape("new_v", new_v, wanted)
-    if position < 0:
-        raise ValueError(f"position must not be negative, got {position}; the first token is number 0")
+    if new_k.dim() != 3:
+        raise ValueError(f"new_k must be [batch, kv_heads, dim], not {tuple(new_k.shape)}")
+    _shape("new_k", new_k, (new_k.shape[0], head_start.shape[0] - 1, new_k.shape[2]))
+    _shape("new_v", new_v, tuple(new_k.shape), " like new_k")
+    _is(torch.int32, positions=positions)
+    _shape("positions", positions, (new_k.shape[0],))
 
 
 def check_window_residual(
@@ -160,13 +207,26 @@ def check_lengths(lengths: Tensor, capacity: int) -> None:
         raise ValueError(f"lengths must be 0 to the capacity {capacity}, got {lengths.tolist()}")
 
 
-def ring_starts(head_start: Tensor, window: Tensor, sink: Tensor, slots: int, length: int) -> list[int]:
-    """``head_start`` as integers, after a look whether every head's ring holds what its span needs."""
+def check_positions(positions: Tensor) -> None:
+    if positions.numel() and int(positions.min()) < 0:
+        raise ValueError(
+            f"positions must not be negative, got {positions.tolist()}; the first token is number 0"
+        )
+
+
+def ring_starts(head_start: Tensor, window: Tensor, sink: Tensor, slots: int, lengths: Tensor) -> list[int]:
+    """``head_start`` as integers, after a look whether every head's ring holds what its span needs.
+
+    Args:
+        lengths: int ``[B]``, tokens of each sequence.
+    """
     starts = head_start.tolist()
     if starts[0] != 0 or starts[-1] != slots:
         raise ValueError(f"head_start must go from 0 to the cache's {slots} slots, got {starts}")
-    if length < 0:
-        raise ValueError(f"length must not be negative, got {length}")
+    told = lengths.tolist()
+    length = max(told, default=0)
+    if min(told, default=0) < 0:
+        raise ValueError(f"lengths must not be negative, got {told}")
     for h, (w, s) in enumerate(zip(window.tolist(), sink.tolist())):
         if w < 0 or s < 0:
             raise ValueError(f"head {h}: window {w} and sink {s} must not be negative")

@@ -8,13 +8,32 @@ from typing import Any
 import torch
 
 from autocomp.kernels import attention_reference as reference
+from autocomp.kernels.library import OPERATORS
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1.2e-2}
 """Largest accepted relative error (Frobenius norm) by dtype; wrong indexing or instructions give 0.1."""
 
 
-def arguments(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """A small call of ``name`` in ``dtype``: 70 tokens (no multiple of any tile), 4 heads on 2 key heads."""
+CHANGES = {"cache_append": 6}
+"""Operators that change their first arguments, and how many."""
+CACHE_BITS = {
+    "decode_attention_cache": ((0, 0), (8, 4), (4, 8)),
+    "cache_append": ((0, 0), (8, 4), (4, 8)),
+}
+"""Bits of keys and values that are tried; 0 stands for uncompressed ones."""
+
+
+def arguments(
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: tuple[int, int] = (8, 4),
+) -> tuple[Any, ...]:
+    """A small call of ``name`` in ``dtype``: 70 tokens (no multiple of any tile), 4 heads on 2 key heads.
+
+    Args:
+        bits: of keys and values in the operators over rings; 0 stands for those of ``dtype``.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -34,10 +53,13 @@ def arguments(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
             return q[:, :, :1], *coded, integers(67), 8, 4, 0.15
         case "attention_spans":
             return q, k, v, integers(3, 20, 70, 9), integers(0, 5, 0, 1), 0.15
-        case "decode_attention_spans":
-            return q[:, :, :1], k[:, 0], v[:, 0], *spans, 90, 0.15
-        case "spans_append":
-            return k[:, 0].clone(), v[:, 0].clone(), random(1, 2, 40), random(1, 2, 40), *spans, 90
+        case "decode_attention_cache" | "cache_append":
+            widths = tuple(n or 8 * dtype.itemsize for n in bits)
+            entries = [reference.cache_entries(random(2, 70, 40), n, dtype) for n in widths]
+            cache = [entries[0][0], entries[1][0], *entries[0][1:], *entries[1][1:]]
+            if name == "cache_append":
+                return *cache, random(2, 2, 40), random(2, 2, 40), *spans, integers(90, 24), *widths
+            return random(2, 4, 1, 40), *cache, *spans, integers(90, 25), *widths, 0.15, 5.0
         case "attention_window_residual":
             return q, k, v, integers(3, 20, 5, 9), 4, random(1, 4, 70, 40), integers(0, 1, 2, 3)
         case "attention_block_sparse":
@@ -49,17 +71,28 @@ def arguments(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 def check(name: str, run: Callable[..., Any], device: str = "cpu") -> str:
     """Why the numbers of ``run`` are not to be trusted; empty when they agree with the reference's."""
     for dtype, limit in LIMITS.items():
-        worst = _error(name, run, arguments(name, device, dtype))
-        if not worst <= limit:
-            return f"{name}: self-check in {dtype} is off by {worst:.2g} (relative; limit {limit:g})"
+        for bits in CACHE_BITS.get(name, ((8, 4),)):
+            worst = error(name, run, arguments(name, device, dtype, bits))
+            if not worst <= limit:
+                return f"{name}: self-check in {dtype} is off by {worst:.2g} (relative; limit {limit:g})"
     return ""
 
 
-def _error(name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    """Largest relative error of a result; NaN when one is NaN."""
-    other = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-    found, wanted = run(*args), getattr(reference, name)(*other)
-    if name == "spans_append":  # what it has written
-        found, wanted = args[:2], other[:2]
+def error(name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    """Largest relative error (Frobenius) of ``run`` against the operator's reference, over its results and
+    the arguments that it changes (in copies); NaN when one is NaN."""
+    changed = CHANGES.get(name, 0)
+    mine, theirs = (
+        [a.clone() if isinstance(a, torch.Tensor) and i < changed else a for i, a in enumerate(args)]
+        for _ in range(2)
+    )
+    found, wanted = run(*mine), OPERATORS[name].reference(*theirs)
+    if changed:
+        found, wanted = tuple(mine[:changed]), tuple(theirs[:changed])
     pairs = zip(found, wanted) if isinstance(wanted, tuple) else [(found, wanted)]
-    return max(float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs)
+    errors = [
+        (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+        for a, b in pairs
+        if b is not None
+    ]
+    return float(torch.stack(errors).max())

@@ -1,4 +1,5 @@
 """What the attention operators compute, in plain torch: the oracle of every kernel, and the way without one.
+Those of diffusion transformers are in ``attention_diffusion_reference``.
 
 All sums are in float32 (float64 when an input is). A query that may attend to nothing gives zeros.
 Grouped queries: query head ``h`` of ``H`` reads key head ``h * Hkv // H``; ``H`` is a multiple of ``Hkv``.
@@ -10,18 +11,15 @@ import torch
 
 from autocomp.kernels.attention_checks import (
     check_append,
-    check_block_sparse,
+    check_cache,
+    check_decode_cache,
     check_decode_kv,
-    check_groups,
     check_kv_quantize,
     check_lengths,
-    check_modes,
-    check_pattern,
+    check_positions,
     check_prefill,
-    check_rings,
     check_span_values,
     check_spans,
-    check_window_residual,
     ring_starts,
 )
 
@@ -166,186 +164,114 @@ def span_slots(window: int, sink: int, length: int) -> int:
     return min(length, sink) + min(max(length - sink, 0), window)
 
 
-def span_slot(window: int, sink: int, position: int) -> int | None:
-    """Slot of token ``position`` in its head's ring; ``None`` when a head without window drops it."""
-    if position < sink:
-        return position
-    return sink + (position - sink) % window if window else None
+def cache_entries(x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows ``[B, L, D]`` as a cache of ``bits`` stores them: in ``dtype`` at 16 or 32 bits, else as codes
+    ``[B, L, D * bits / 8]`` with scale and minimum ``[B, L]`` (see ``kv_quantize``)."""
+    if bits >= 16:
+        return x.to(dtype), None, None
+    codes, scale, minimum = kv_quantize(x.unsqueeze(1), bits)
+    return codes.squeeze(1), scale.squeeze(1), minimum.squeeze(1)
 
 
-def decode_attention_spans(
+def cache_rows(rows: Tensor, scale: Tensor | None, minimum: Tensor | None, bits: int) -> Tensor:
+    """The numbers ``[B, L, D]`` that ``cache_entries``' result stands for."""
+    if scale is None or minimum is None:
+        return rows
+    return kv_dequantize(rows, scale, minimum, bits)
+
+
+def decode_attention_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    length: int,
+    lengths: Tensor,
+    key_bits: int,
+    value_bits: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Attention of one new token over ragged rings: each key head keeps only what its span needs.
+    """Attention of one new token per sequence over ragged rings, in which each key head keeps what its span
+    needs, as numbers or quantized.
 
     Head ``h`` owns slots ``head_start[h]`` to ``head_start[h + 1]`` of the cache: ``sink[h] + window[h]`` or
     as many as tokens will ever come. Token ``t`` lies in slot ``t`` while ``t < sink``, else in
-    ``sink + (t - sink) % window`` (MoA's StaticCircularCache, here with grouped queries).
+    ``sink + (t - sink) % window`` (MoA's StaticCircularCache, here with grouped queries and quantized).
 
     Args:
-        q: ``[B, H, 1, D]``.
-        k, v: ``[B, L, D]``, L = ``head_start[Hkv]``, written by ``spans_append``.
+        q: ``[B, H, 1, D]``, rotary embedding applied.
+        k, v: ``[B, L, D]``, L = ``head_start[Hkv]``, float32, float16 or bfloat16, or codes
+            ``[B, L, D * bits / 8]``; written by ``cache_append``. Slots not written yet may hold anything.
+        k_scale, k_min, v_scale, v_min: float32 ``[B, L]`` for codes, else ``None``.
         head_start: int64 ``[Hkv + 1]``, ascending from 0.
         window, sink: int32 ``[Hkv]``.
-        length: tokens so far, this one included (the same for all sequences); 0 gives zeros.
-        scale: of the scores.
+        lengths: int32 ``[B]``, tokens of each sequence so far, this one included; 0 gives zeros.
+        key_bits, value_bits: 32 or 16 (numbers) or 8 or 4 (codes).
+        scale: of the scores, usually ``D ** -0.5``.
+        softcap: see ``attend``.
 
     Returns:
         ``[B, H, 1, D]`` in the dtype of ``q``.
     """
-    check_rings(q.shape[0], q.shape[-1], k, v, head_start, window, sink)
-    starts = ring_starts(head_start, window, sink, k.shape[1], length)
-    groups = check_groups(q.shape[1], len(starts) - 1)
+    rings = (head_start, window, sink)
+    check_cache(q.shape[0], q.shape[-1], k, v, k_scale, k_min, v_scale, v_min, *rings, key_bits, value_bits)
+    check_decode_cache(q, head_start, lengths)
+    starts = ring_starts(*rings, k.shape[1], lengths)
+    keys, values = cache_rows(k, k_scale, k_min, key_bits), cache_rows(v, v_scale, v_min, value_bits)
+    groups = q.shape[1] // (len(starts) - 1)
     out = []
-    for h, (first, w, s) in enumerate(zip(starts, window.tolist(), sink.tolist())):
-        used = slice(first, first + span_slots(w, s, length))
-        mask = torch.ones(1, dtype=torch.bool, device=q.device)
+    for h, (w, s) in enumerate(zip(window.tolist(), sink.tolist())):
+        used = lengths.clamp(max=s) + (lengths - s).clamp(0, w)  # the slots in use are a ring's first ones
+        ring = slice(starts[h], starts[h + 1])
+        mask = torch.arange(starts[h + 1] - starts[h], device=q.device) < used.view(-1, 1, 1, 1)
         heads = q[:, h * groups : (h + 1) * groups]
-        out.append(attend(heads, k[:, None, used], v[:, None, used], mask, scale))
+        out.append(attend(heads, keys[:, None, ring], values[:, None, ring], mask, scale, softcap))
     return torch.cat(out, dim=1).to(q.dtype)
 
 
-def spans_append(
+def cache_append(
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     new_k: Tensor,
     new_v: Tensor,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    position: int,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
 ) -> None:
-    """Store token number ``position`` (0-based) of all sequences in the rings, over what leaves the window.
+    """Store one token of every sequence in ``decode_attention_cache``'s rings, over what leaves the window.
 
     Args:
-        k, v: ``[B, L, D]``, changed in place; any strides.
+        k, v, k_scale, k_min, v_scale, v_min: the cache, changed in place.
         new_k, new_v: ``[B, Hkv, D]``, any float dtype, rotary embedding applied to the keys.
-        head_start, window, sink: as in ``decode_attention_spans``.
+        head_start, window, sink, key_bits, value_bits: as there.
+        positions: int32 ``[B]``, number of the token in its own sequence, from 0.
     """
-    check_rings(k.shape[0], k.shape[2], k, v, head_start, window, sink)
-    check_append(k, new_k, new_v, head_start, position)
-    starts = ring_starts(head_start, window, sink, k.shape[1], position + 1)
-    for h, (first, w, s) in enumerate(zip(starts, window.tolist(), sink.tolist())):
-        slot = span_slot(w, s, position)
-        if slot is not None:
-            k[:, first + slot] = new_k[:, h].to(k.dtype)
-            v[:, first + slot] = new_v[:, h].to(v.dtype)
-
-
-# --- diffusion transformers ------------------------------------------------------------------------------
-
-
-def window_mask(half_window: Tensor, prefix: int, tokens: int) -> Tensor:
-    """bool ``[H, S, S]``: ``|i - j| <= half_window[h]``, and all of the first ``prefix`` rows and columns."""
-    i = torch.arange(tokens, device=half_window.device).view(-1, 1)
-    j = torch.arange(tokens, device=half_window.device)
-    near = (i - j).abs() <= half_window.view(-1, 1, 1)
-    return near | (i < prefix) | (j < prefix)
-
-
-FULL, FULL_SAVE, WINDOW_ADD, REUSE = 0, 1, 2, 3
-"""What a head does in ``attention_window_residual``."""
-
-
-def attention_window_residual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    half_window: Tensor,
-    prefix: int,
-    residual: Tensor | None,
-    mode: Tensor,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Bidirectional attention with the shortcuts of DiTFastAttn, chosen for each head.
-
-    With F the full attention, W the one in the window of ``half_window[h]`` tokens to each side, in which the
-    first ``prefix`` tokens (the text of a joint sequence) see all and are seen by all ("arrow"), and R the
-    head's ``residual``:
-
-    - 0 full: ``out = F``, R stays.
-    - 1 full and save: ``out = F``, ``R = F - W``, both rounded once from the wide dtype.
-    - 2 window and add: ``out = W + R``, R stays (WA-RS of arXiv 2406.08552, section 3.2; per head in
-      arXiv 2503.22796).
-    - 3 reuse: ``out = R``, R stays. The caller has put the head's earlier output there (AST, section 3.3);
-      such a head costs no attention.
-
-    Args:
-        q: ``[B, H, S, D]``; k, v: ``[B, Hkv, S, D]``.
-        half_window: int32 ``[H]``, not negative; 0 sees itself (and the prefix).
-        prefix: number of text tokens at the front, 0 for none.
-        residual: ``[B, H, S, D]``; ``None`` counts as zeros.
-        mode: int32 ``[H]``, 0 to 3.
-        scale: of the scores; ``D ** -0.5`` by default.
-
-    Returns:
-        ``out`` and the residual for the next step, both ``[B, H, S, D]`` in the dtype of ``q`` and new.
-    """
-    check_prefill(q, k, v)
-    check_window_residual(q, half_window, prefix, residual, mode)
-    check_modes(half_window, mode)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    held = torch.zeros_like(q) if residual is None else residual
-    dense = attend(q, k, v, torch.ones(1, dtype=torch.bool, device=q.device), scale)
-    near = attend(q, k, v, window_mask(half_window, prefix, q.shape[2]), scale)
-    head = mode.view(-1, 1, 1)
-    out = torch.where(head == WINDOW_ADD, near + held, torch.where(head == REUSE, held, dense))
-    saved = torch.where(head == FULL_SAVE, dense - near, held)
-    return out.to(q.dtype).contiguous(), saved.to(q.dtype).contiguous()
-
-
-def attention_block_sparse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    block: int,
-    order: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Bidirectional attention on a static pattern of blocks per head, after a reordering of the tokens.
-
-    Position ``p`` of head ``h`` holds token ``order[h, p]``; positions are cut into ``nb = ceil(S / block)``
-    blocks, the last may be short. Queries of block ``r`` see the keys of blocks
-    ``col[row_ptr[h, r] : row_ptr[h, r + 1]]`` (PAROAttention, arXiv 2506.16054, section 3: a permutation per
-    head that gathers what a head attends to in few blocks).
-
-    Args:
-        q: ``[B, H, S, D]``; k, v: ``[B, Hkv, S, D]``, in the order of the tokens.
-        row_ptr: int32 ``[H, nb + 1]``, ascending, offsets into ``col``.
-        col: int32 ``[nnz]``, block numbers, distinct within a row.
-        block: tokens of a block.
-        order: int32 ``[H, S]``, a permutation for each head, or ``None``.
-        scale: of the scores; ``D ** -0.5`` by default.
-
-    Returns:
-        ``[B, H, S, D]`` in the dtype and token order of ``q``; zeros in rows without blocks.
-    """
-    check_prefill(q, k, v)
-    check_block_sparse(q, row_ptr, col, block, order)
-    check_pattern(row_ptr, col, order)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = block_mask(row_ptr, col, block, q.shape[2])
-    if order is not None:  # the mask in the order of the tokens
-        place = order.long().argsort(dim=-1)
-        mask = mask.gather(1, place.unsqueeze(-1).expand_as(mask))
-        mask = mask.gather(2, place.unsqueeze(1).expand_as(mask))
-    return attend(q, k, v, mask, scale).to(q.dtype)
-
-
-def block_mask(row_ptr: Tensor, col: Tensor, block: int, tokens: int) -> Tensor:
-    """bool ``[H, S, S]`` over positions, from blocks."""
-    heads, blocks = row_ptr.shape[0], row_ptr.shape[1] - 1
-    mask = torch.zeros(heads, blocks, blocks, dtype=torch.bool, device=row_ptr.device)
-    for h, row in enumerate(row_ptr.tolist()):
-        for r in range(blocks):
-            mask[h, r, col[row[r] : row[r + 1]].long()] = True
-    return mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :tokens, :tokens]
+    rings = (head_start, window, sink)
+    check_append(new_k, new_v, head_start, positions)
+    check_cache(
+        new_k.shape[0], new_k.shape[2], k, v, k_scale, k_min, v_scale, v_min, *rings, key_bits, value_bits
+    )
+    check_positions(positions)
+    starts = ring_starts(*rings, k.shape[1], positions + 1)
+    sides = ((k, k_scale, k_min, new_k, key_bits), (v, v_scale, v_min, new_v, value_bits))
+    for rows, factor, minimum, new, bits in sides:
+        for h, (w, s) in enumerate(zip(window.tolist(), sink.tolist())):
+            at = torch.where(positions < s, positions, s + (positions - s) % max(w, 1)).long() + starts[h]
+            stored = ((positions < s) | (w > 0)).nonzero().squeeze(1)  # a head without window drops the rest
+            entries = cache_entries(new[stored, None, h], bits, rows.dtype)
+            for target, entry in zip((rows, factor, minimum), entries):
+                if target is not None and entry is not None:
+                    target[stored, at[stored]] = entry[:, 0]

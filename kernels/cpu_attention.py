@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from autocomp.kernels import attention_probe, native
 from autocomp.kernels.library import Implementation
 
 Tensor = torch.Tensor
-BITS = {torch.float32: 32, torch.bfloat16: 16}
-"""Caches that C reads without quantization, as its ``key_bits`` and ``value_bits``."""
+STORED = (torch.float32, torch.bfloat16, torch.uint8)
+"""Types of a cache that C reads and writes; uint8 are codes."""
 LARGEST_DIM = 2048
 
 
@@ -97,49 +97,73 @@ def decode_attention_kv(
     return _decode(c, q, lengths.contiguous(), scale, softcap, window)
 
 
-def _rings(k: Tensor, v: Tensor, heads: int, spans: list[Tensor]) -> Cache:
-    """Dense rings; ``spans``: contiguous head_start, window, sink. The caller keeps all tensors alive."""
-    head_start, window, sink = spans
-    sizes = (k.shape[0], heads, window.numel(), k.shape[2], 0, BITS[k.dtype], BITS[v.dtype])
-    rings = (t.data_ptr() for t in (window, sink, head_start))
-    return Cache(*sizes, k.data_ptr(), v.data_ptr(), None, None, None, None, *rings)
+def _rings(tensors: Sequence[Tensor | None], sizes: tuple[int, ...], bits: tuple[int, int]) -> Cache:
+    """Ragged rings. The caller keeps the tensors alive.
+
+    Args:
+        tensors: contiguous: k, v, their scales and minima, head_start, window, sink.
+        sizes: batch, query heads, key heads, dim.
+    """
+    k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink = (
+        None if t is None else t.data_ptr() for t in tensors
+    )
+    return Cache(*sizes, 0, *bits, k, v, k_scale, k_min, v_scale, v_min, window, sink, head_start)
 
 
-def decode_attention_spans(
+def decode_attention_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    length: int,
+    lengths: Tensor,
+    key_bits: int,
+    value_bits: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    checks.check_rings(q.shape[0], q.shape[-1], k, v, head_start, window, sink)
-    checks.ring_starts(head_start, window, sink, k.shape[1], length)
-    checks.check_groups(q.shape[1], window.numel())
-    k, v, *spans = (t.contiguous() for t in (k, v, head_start, window, sink))
-    c = _rings(k, v, q.shape[1], spans)
-    return _decode(c, q, torch.full((len(q),), length, dtype=torch.int32), scale, 0.0, 0)
+    cache = (k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink)
+    batch, heads, _, dim = q.shape
+    checks.check_cache(batch, dim, *cache, key_bits, value_bits)
+    checks.check_decode_cache(q, head_start, lengths)
+    checks.ring_starts(head_start, window, sink, k.shape[1], lengths)
+    held = [None if t is None else t.contiguous() for t in cache]
+    c = _rings(held, (batch, heads, window.numel(), dim), (key_bits, value_bits))
+    return _decode(c, q, lengths.contiguous(), scale, softcap, 0)
 
 
-def spans_append(
+def cache_append(
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
     new_k: Tensor,
     new_v: Tensor,
     head_start: Tensor,
     window: Tensor,
     sink: Tensor,
-    position: int,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
 ) -> None:
-    checks.check_rings(k.shape[0], k.shape[2], k, v, head_start, window, sink)
-    checks.check_append(k, new_k, new_v, head_start, position)
-    checks.ring_starts(head_start, window, sink, k.shape[1], position + 1)
-    spans = [t.contiguous() for t in (head_start, window, sink)]
-    c = _rings(k, v, window.numel(), spans)
+    cache = (k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink)
+    batch, heads, dim = new_k.shape
+    checks.check_append(new_k, new_v, head_start, positions)
+    checks.check_cache(batch, dim, *cache, key_bits, value_bits)
+    checks.check_positions(positions)
+    checks.ring_starts(head_start, window, sink, k.shape[1], positions + 1)
+    held = [*cache[:6], *(t.contiguous() for t in (head_start, window, sink))]
+    c = _rings(held, (batch, heads, heads, dim), (key_bits, value_bits))
     rows = [t.float().contiguous() for t in (new_k, new_v)]
-    _library().ac_append(ctypes.byref(c), *map(native.pointer, rows), ctypes.c_int64(position))
+    counts = positions.contiguous()
+    _library().ac_append_each(ctypes.byref(c), *map(native.pointer, (*rows, counts)))
 
 
 def _supports_quantize(x: Tensor, bits: int) -> str:
@@ -150,14 +174,25 @@ def _supports_decode_kv(q: Tensor, *args: object, **kwargs: object) -> str:
     return _narrow(q) or _small(q.shape[-1])
 
 
-def _supports_decode_spans(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> str:
+def _supports_decode_cache(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> str:
     return _narrow(q) or _ring_types(k, v) or _small(q.shape[-1])
 
 
-def _supports_append(k: Tensor, v: Tensor, *args: object, **kwargs: object) -> str:
-    if not (k.is_contiguous() and v.is_contiguous()):
+def _supports_append(
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    k_min: Tensor | None,
+    v_scale: Tensor | None,
+    v_min: Tensor | None,
+    new_k: Tensor,
+    new_v: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> str:
+    if not all(t is None or t.is_contiguous() for t in (k, v, k_scale, k_min, v_scale, v_min)):
         return "a cache that is not contiguous"
-    return _ring_types(k, v)
+    return _ring_types(k, v) or _narrow(new_k) or _narrow(new_v)
 
 
 def _narrow(x: Tensor) -> str:
@@ -169,8 +204,8 @@ def _small(dim: int) -> str:
 
 
 def _ring_types(k: Tensor, v: Tensor) -> str:
-    if k.dtype not in BITS or v.dtype not in BITS:
-        return f"a cache of {k.dtype} and {v.dtype}; use bfloat16 or float32"
+    if k.dtype not in STORED or v.dtype not in STORED:
+        return f"a cache of {k.dtype} and {v.dtype}; use bfloat16, float32 or codes"
     return ""
 
 
@@ -186,6 +221,6 @@ def _implementation(run: Callable[..., Any], supports: Callable[..., str]) -> li
 IMPLEMENTATIONS: dict[str, list[Implementation]] = {
     "kv_quantize": _implementation(kv_quantize, _supports_quantize),
     "decode_attention_kv": _implementation(decode_attention_kv, _supports_decode_kv),
-    "decode_attention_spans": _implementation(decode_attention_spans, _supports_decode_spans),
-    "spans_append": _implementation(spans_append, _supports_append),
+    "decode_attention_cache": _implementation(decode_attention_cache, _supports_decode_cache),
+    "cache_append": _implementation(cache_append, _supports_append),
 }

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from autocomp.kernels import native
+from autocomp.kernels.cpu_attention import Cache
 
 _I64, _F64, _PTR = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 DIMS = 4
+LINE = 16
+"""Floats in a cache line."""
 KINDS = {
     name: number
     for start, names in (
@@ -46,7 +49,10 @@ class AcOp(ctypes.Structure):
 class AcProgram(ctypes.Structure):
     """``ac_program`` of ``cpu/step.h``."""
 
-    _fields_ = (("ops", _PTR), ("count", _I64), ("position", _I64), ("space", _PTR), ("space_size", _I64))
+    _fields_ = (
+        ("ops", _PTR), ("count", _I64), ("position", _I64),
+        ("space", _PTR), ("space_size", _I64), ("states", _PTR),
+    )  # fmt: skip
 
 
 class AcInput(ctypes.Structure):
@@ -74,11 +80,28 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def program(ops: Sequence[AcOp], space: int = 0, space_size: int = 0) -> AcProgram:
-    """A runnable program; ``space`` is the address of ``space_size`` floats for every thread."""
+def program(ops: Sequence[AcOp], caches: Sequence[Cache] = (), threads: int = 1) -> AcProgram:
+    """A runnable program.
+
+    Args:
+        ops: kept with it; what they point at is the caller's to keep.
+        caches: of its attention operations. Only their sizes matter here, not how many tokens they hold.
+        threads: most threads that it may be run on, if it has attention operations.
+    """
     array = (AcOp * len(ops))(*ops)
-    made = AcProgram(ctypes.addressof(array), len(ops), 0, space, space_size)
+    made = AcProgram(ctypes.addressof(array), len(ops))
     made.keep_alive = array
+    made.memory = torch.empty(0)
+    if caches:
+        functions = native.load("attention")
+        functions.ac_attend_space.restype = functions.ac_attend_state.restype = _I64
+        space = max(functions.ac_attend_space(ctypes.byref(c), _I64(0)) for c in caches) + LINE
+        states = max(
+            (threads + c.batch * c.kv_heads) * functions.ac_attend_state(ctypes.byref(c)) for c in caches
+        )
+        made.memory = torch.empty(threads * space + states)
+        made.space, made.space_size = made.memory.data_ptr(), space
+        made.states = made.memory.data_ptr() + 4 * threads * space
     return made
 
 
@@ -123,3 +146,24 @@ def repeat(weights: Sequence[Any], x: torch.Tensor, kind: str = "linear") -> Cal
     made = program(ops)
     made.used = (weights, x, out, held)
     return lambda: run(made, native.threads())
+
+
+def repeat_attention(caches: Sequence[Cache], position: int, scale: float) -> Callable[[], None]:
+    """A call that stores token number ``position`` in each of the caches in turn and attends to it, as a
+    decode step does. The caches, of equal sizes, are the caller's to keep."""
+    first = caches[0]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(first.batch, heads, first.dim) for heads in (first.heads, first.kv_heads)]
+    rows = [torch.randn(shape, generator=generator) for shape in shapes]
+    out, threads = torch.empty_like(rows[0]), native.threads()
+    q, new = (row.data_ptr() for row in rows)
+    ops = [
+        AcOp(
+            kind=KINDS["attend"], sync=1, shared=1, a=q, b=new, c=new, out=out.data_ptr(), alpha=scale,
+            object=ctypes.addressof(cache),
+        )
+        for cache in caches
+    ]  # fmt: skip
+    made = program(ops, caches, threads)
+    made.position, made.used = position, (caches, rows, out)
+    return lambda: run(made, threads)

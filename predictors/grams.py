@@ -36,7 +36,7 @@ class GramStore:
             return torch.bincount(self.sequences.flatten(), minlength=part.shape[0]).float()
         key = _input_name(part)
         if key not in self._grams:
-            if not self.built.state.get("pristine", True):
+            if not self.built.pristine:
                 raise SpaceError(
                     "calibration activations must come from the original model; restore it first"
                 )

@@ -44,6 +44,11 @@ class Part:
             engines fuse them and want one format.
         role: ``body``, ``head`` (output projection) or ``embedding``.
         shared_with: path of the part that owns the weight, when this one only borrows it (tied head).
+        window: of a ``kv_group``: the last tokens its layer looks at by itself, 0 for all.
+
+    A part of kind ``kv_group`` is one key/value head of an attention module with the query heads that share
+    it: ``path`` is that of the module (which is in ``tie``) with ``.kv0``, ``.kv1`` ... behind it, ``shape``
+    is ``(query heads, features a head)``.
     """
 
     path: str
@@ -53,6 +58,7 @@ class Part:
     tie: str = ""
     role: str = "body"
     shared_with: str = ""
+    window: int = 0
 
     @property
     def numel(self) -> int:
@@ -71,7 +77,10 @@ class ModelSite:
         parts: compressible pieces in execution order.
         other_bytes: bytes of all other weights and buffers (norms, biases), stored as loaded.
         fingerprint: hash of the weights' content: same weights, same hash, wherever they lie.
-        itemsize: bytes of one weight that is left as it is.
+        itemsize: bytes of one weight (or cached key or value) that is left as it is.
+        context, batch: tokens and sequences in the caches of the deployment scenario; 0 where there are none.
+        lengths: sequence lengths that profiles look at.
+        lacking: kind of part that a space might ask for -> why this model has none.
     """
 
     family: str
@@ -79,6 +88,10 @@ class ModelSite:
     other_bytes: int
     fingerprint: str
     itemsize: int = 2
+    context: int = 0
+    batch: int = 1
+    lengths: tuple[int, ...] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, path: str) -> Part:
         """The part at ``path``. Raises ``SpaceError`` when there is none."""
@@ -97,7 +110,7 @@ class ModelSite:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSite:
         parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data["parts"])
-        return cls(data["family"], parts, data["other_bytes"], data["fingerprint"], data["itemsize"])
+        return cls(**{**data, "parts": parts, "lengths": tuple(data.get("lengths", ()))})
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,9 @@ class Space(ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     Config: ClassVar[type[BaseModel]]
+    #: What gives its sensitivities: ``weights`` (the space has ``move``), ``attention`` (its decisions are of
+    #: ``kv_group`` parts), or nothing: then single changes are measured.
+    profiled_by: ClassVar[str] = ""
 
     def __init__(self, config: BaseModel) -> None:
         self.config = config
@@ -142,10 +158,11 @@ class Space(ABC):
 
     @abstractmethod
     def apply(self, built: Built, choices: Mapping[str, Value], *, serving: bool) -> None:
-        """Bring the built model to ``choices`` (decision name -> option), from whatever state it is in.
+        """Bring the built model to ``choices`` (decision name -> option), from whatever state it is in, be it
+        one that a failure (out of memory) left half-way.
 
-        With ``serving`` false the model computes the compressed weights' exact values in its own dtype
-        (fast to score in batches); with ``serving`` true the kernels that will serve it are in place.
+        With ``serving`` false the model computes the compressed values exactly in its own dtype (fast to
+        score in batches); with ``serving`` true the kernels that will serve it are in place.
         """
 
     def constraints(self, site: ModelSite, decisions: Sequence[Decision]) -> list[SpaceConstraint]:
@@ -168,16 +185,30 @@ def exact_tables(
 ) -> dict[str, AdditiveTable]:
     """What needs no measuring, from the options' resources (decision -> option -> resources).
 
-    ``memory_mb``: 10**6 bytes of all weights and buffers, searched or not. ``avg_bits``: mean code bits of
-    the searched weights (scales and the like are in ``memory_mb``); not there when no weight is searched.
+    ``memory_mb``: 10**6 bytes of all weights and buffers, searched or not, and of the key/value caches when
+    these are searched. ``avg_bits``: mean code bits of the searched weights (scales and the like are in
+    ``memory_mb``); not there when no weight is searched. Every other metric that options name is the sum of
+    what they say (``kv_mb``, ``density``).
     """
-    memory = {d: {o: r.metrics["memory_mb"] for o, r in row.items()} for d, row in resources.items()}
-    bits = {d: {o: r.metrics.get("code_bits", 0.0) for o, r in row.items()} for d, row in resources.items()}
     weights = sum(next(iter(row.values())).metrics.get("weights", 0.0) for row in resources.values() if row)
     parts = [p for p in site.parts if p.kind in ("linear", "embedding") and not p.shared_with]
     rest = site.other_bytes + site.itemsize * (sum(p.numel for p in parts) - weights)
-    tables = {"memory_mb": AdditiveTable("memory_mb", rest / 1e6, memory, exact=True)}
+    named = dict.fromkeys(
+        ["memory_mb", *(m for x in resources.values() for r in x.values() for m in r.metrics)]
+    )
+    tables = {}
+    for metric in named:
+        if metric not in ("weights", "code_bits"):
+            base = rest / 1e6 if metric == "memory_mb" else 0.0
+            tables[metric] = AdditiveTable(metric, base, _costs(resources, metric), exact=True)
     if weights:
+        bits = _costs(resources, "code_bits")
         per_weight = {d: {o: b / weights for o, b in row.items()} for d, row in bits.items()}
         tables["avg_bits"] = AdditiveTable("avg_bits", 0.0, per_weight, exact=True)
     return tables
+
+
+def _costs(resources: Mapping[str, Mapping[Value, Resources]], metric: str) -> dict[str, dict[Value, float]]:
+    """Decision -> option -> cost, for the decisions that the metric depends on."""
+    costs = {d: {o: r.metrics.get(metric, 0.0) for o, r in row.items()} for d, row in resources.items()}
+    return {d: row for d, row in costs.items() if any(metric in r.metrics for r in resources[d].values())}

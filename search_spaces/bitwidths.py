@@ -99,6 +99,7 @@ class Bitwidths(Space):
 
     name: ClassVar[str] = "bitwidths"
     stage: ClassVar[Stage] = Stage.NUMERICS
+    profiled_by: ClassVar[str] = "weights"
     Config: ClassVar[type[BaseModel]] = BitwidthsConfig
     config: BitwidthsConfig
 

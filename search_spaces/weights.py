@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from autocomp.attention.runtime import plain_attention
 from autocomp.errors import SpaceError
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.quantize.bank import LayerBank, default_folder, tensor_hash
@@ -72,13 +73,14 @@ class WeightSwapper:
         tensors = {p: self._entry(p, label, method) for p, label in wanted.items() if self._owner(p) == p}
         if serving or self.serving or method != self.method:
             self.restore()
-        self.built.state["pristine"] = False
+        self.built.changed.add("weights")
         self.method = method
         if serving:
             self._serve(wanted, tensors)
         else:
             self._score(wanted, tensors)
-        self.built.state["pristine"] = not wanted
+        if not wanted:
+            self.built.changed.discard("weights")
 
     def restore(self) -> None:
         """Put every original module and weight back."""
@@ -89,7 +91,7 @@ class WeightSwapper:
             if self._owner(path) == path:
                 self._set_dense(path, self._original(path))
         self.labels, self.serving = {}, False
-        self.built.state["pristine"] = True
+        self.built.changed.discard("weights")
 
     def quantized(self, path: str, label: str, method: str) -> QuantizedTensor:
         """The bank's entry for a path under a label; ``method`` as in ``quantize``. The model stays as it
@@ -133,7 +135,8 @@ class WeightSwapper:
                 " use method: mse"
             )
         self.restore()
-        return self.hessian(path)
+        with plain_attention(self.built):
+            return self.hessian(path)
 
     def move(self, path: str, here: str, there: str, method: str) -> torch.Tensor:
         """Weight under ``there`` minus weight under ``here``, float32 ``[out, in]``."""

@@ -136,6 +136,22 @@ def test_where_more_is_better_losses_are_subtracted() -> None:
     assert quality_table(("w3", "w4"), [0.5, 0.1], metric="top1") == {"w3": -0.5, "w4": -0.1}
 
 
+def test_a_metric_at_a_length_takes_the_rows_profiled_there() -> None:
+    space = SearchSpace((Decision("kv0", Choice(("dense", "a64b0s4"))), Decision("w", Choice(("w4",)))))
+    rows: dict[str, dict[object, float]] = {
+        "kv0": {"dense": 0.0, "a64b0s4": 0.2}, "kv0@1024": {"dense": 0.0, "a64b0s4": 0.1},
+        "kv0@2048": {"dense": 0.0, "a64b0s4": 0.4}, "w": {"w4": 0.3},
+    }  # fmt: skip
+    metrics = ("kl", "kl_1024", "kl_2048", "kl_4096")
+    found = Plan(space, (), metrics, (), ())
+    objectives = [Objective(m) for m in metrics]
+    profiles = {"sensitivity": sensitivity(rows)}
+    where = described(exact={})
+    tables = make_problem(found, where, objectives, [], profiles, seed=0).tables
+    assert [tables[m].cost("kv0", "a64b0s4") for m in metrics] == [0.2, 0.1, 0.4, 0.2]
+    assert all(tables[m].cost("w", "w4") == 0.3 and set(tables[m].costs) == {"kv0", "w"} for m in metrics)
+
+
 def test_a_problem_holds_tables_of_the_remaining_options_only() -> None:
     where = described("w3g64")
     objectives = [Objective("kl"), Objective("decode_ms")]

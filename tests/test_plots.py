@@ -183,6 +183,14 @@ def test_the_choice_map_refuses_a_foreign_candidate() -> None:
         choice_map.choice_map_figure(SPACE, Candidate.of({"a": 1}))
 
 
+def test_a_legend_of_many_options_lists_those_that_are_taken() -> None:
+    options = tuple(f"w{i}" for i in range(13))
+    space = SearchSpace(tuple(Decision(f"s/{b}.x", Choice(options), (), "s", b) for b in range(3)))
+    candidate = Candidate.of({"s/0.x": "w4", "s/1.x": "w12", "s/2.x": "w4"})
+    figure = choice_map.choice_map_figure(space, candidate)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["w4 (2)", "w12 (1)"]
+
+
 def test_options_sort_by_the_numbers_in_their_labels() -> None:
     labels = ("w16", "w4g128", "w4g64", "w2", "dense", 256, 8)
     space = SearchSpace((Decision("a", Choice(labels)),))
@@ -198,10 +206,38 @@ def test_descriptions_are_short() -> None:
     assert report.describe(floats) == "2 values in 0.25..0.5 (1 unused), dpm"
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["dense/k16v16", "dense/k16v16"], "dense"),
+        (["dense/k8v8"], "dense, k8v8"),
+        (["a0b0.25s16/k8v4", "a0b0.25s16/k8v4"], "spans 25%, k8v4"),
+        (["a512b0s16", "a512b0s16/k16v16", "a-64b0.0625s4"], "spans 512×2 6.25%-64×1"),
+        (["a128b0.5s0/k8v4", "dense/k4v4", "dense/k4v4"], "spans dense×2 50%+128×1, k4v4×2 k8v4×1"),
+        (["wide", "narrow", "wide"], "wide×2 narrow×1"),
+    ],
+)
+def test_attention_is_described_by_spans_and_bits(labels: list[str], words: str) -> None:
+    values = {f"attention/layers.{i}.kv0": label for i, label in enumerate(labels)}
+    assert report.describe(Candidate.of(values)) == words
+    assert report.describe(Candidate.of({**values, "b/0": "w4"})) == f"{words} | w4"
+
+
 def test_uniform_means_one_option_a_space() -> None:
     assert report.is_uniform(Candidate.of({"a/0": 1, "a/1": 1, "b/0": "x", "b/1": "x"}))
     assert not report.is_uniform(Candidate.of({"a/0": 1, "a/1": 2, "b/0": "x", "b/1": "x"}))
     assert not report.is_uniform(Candidate.of({"a/0": 1})) and not report.is_uniform(Candidate.of({}))
+
+
+def test_tables_show_the_cache_where_it_was_measured() -> None:
+    trial = make_trial(70)
+    assert trial.measurement is not None
+    cache = {"density": Estimate(0.31), "kv_mb": Estimate(12.5)}
+    metrics = {**trial.measurement.metrics, **cache}
+    cached = Trial(71, trial.candidate, Fidelity(), "hybrid", Measurement(metrics, "cpu"))
+    header = report.grid(ParetoFront.of([cached], [KL, MS])).header
+    assert header[3:-1] == ("kl", "decode_ms", "avg_bits", "kv_mb", "density")
+    assert not set(cache) & set(report.grid(ParetoFront.of([trial], [KL, MS])).header)
 
 
 def test_the_text_table_is_aligned_and_marks_baselines_and_the_selection() -> None:
@@ -252,7 +288,7 @@ def test_artifacts_are_written_and_a_failing_drawing_is_left_out(
     result = cast(
         Any, SimpleNamespace(run_dir=tmp_path, front=FRONTS["many"], audit=audit, hypervolume=[0.1, 0.2])
     )
-    monkeypatch.setattr(run_files, "read_space", lambda _: SPACE)
+    monkeypatch.setattr(run_files, "read_description", lambda _: SimpleNamespace(space=SPACE))
     names = {p.name for p in report.write_artifacts(result, maps=2)}
     fixed = {"front.json", "front.md", "front.html", "front.png", "hypervolume.png", "audit_kl.png"}
     assert names > fixed and len([n for n in names if n.startswith("choices_")]) == 2

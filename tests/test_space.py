@@ -23,6 +23,7 @@ from autocomp.space import (
     LinearBudget,
     Ordered,
     SearchSpace,
+    SpaceConstraint,
     SumTo,
     Tied,
     Value,
@@ -235,3 +236,51 @@ def test_a_rounding_error_does_not_break_a_bound() -> None:
     assert total > 4.0 and Constraint.parse("avg_bits <= 4.0").violation(total) == 0
     assert Constraint.parse("avg_bits >= 4.0").violation(8.0 - total) == 0
     assert Constraint.parse("avg_bits <= 4.0").violation(4.00001) > 0
+
+
+SPANS = ("dense/k16v16", "dense/k8v8", "a64b0s4/k16v16", "a64b0s4/k8v8", "a32b0s4/k8v8")
+
+
+def spans(*constraints: SpaceConstraint, options: tuple[Value, ...] = SPANS) -> SearchSpace:
+    return SearchSpace(tuple(Decision(f"kv{i}", Choice(options)) for i in range(3)), constraints)
+
+
+def test_pieces_of_options_are_counted() -> None:
+    names = ("kv0", "kv1", "kv2")
+    space = spans(AtMostDistinct(names, 2, 0), AtMostDistinct(names, 1, 1))
+    good = Candidate.of({"kv0": "dense/k8v8", "kv1": "a64b0s4/k8v8", "kv2": "a64b0s4/k8v8"})
+    assert space.violations(good) == []
+    mixed = good.replace({"kv1": "a64b0s4/k16v16"})
+    (reason,) = space.violations(mixed)
+    assert "field 1 of kv0, kv1, kv2... takes 2 different values ['k16v16', 'k8v8'], over 1" in reason
+    three = good.replace({"kv2": "a32b0s4/k8v8"})
+    assert "field 0" in space.violations(three)[0] and len(space.violations(three)) == 1
+    assert AtMostDistinct(names, 2).violation(good.values) == 0
+    assert AtMostDistinct(names, 2).violation(three.values) == 1
+    assert [c["kv0"] for c in space.uniform()] == list(SPANS)
+
+
+def test_pieces_go_through_json_and_older_journals_load() -> None:
+    names = ("kv0", "kv1", "kv2")
+    space = spans(AtMostDistinct(names, 2, 0), AtMostDistinct(names, 3))
+    data = json.loads(json.dumps(space_to_json(space)))
+    assert space_from_json(data) == space and space_from_json(data).fingerprint == space.fingerprint
+    assert data["constraints"][1] == {"kind": "AtMostDistinct", "names": list(names), "k": 3}
+    assert data["constraints"][0]["field"] == 0
+
+
+@pytest.mark.parametrize(("options", "shown"), [((2, 4), r"\[2, 4\]"), (("a/1", "b"), r"\['b'\]")])
+def test_options_without_the_piece_are_refused(options: tuple[Value, ...], shown: str) -> None:
+    with pytest.raises(SpaceError, match=rf"field 1 of kv0.*at least 2 pieces between slashes; got {shown}"):
+        spans(AtMostDistinct(("kv0", "kv1"), 1, 1), options=options)
+    with pytest.raises(SpaceError, match="counts field 0 of x"):
+        SearchSpace((Decision("x", Interval(0.0, 1.0)),), (AtMostDistinct(("x",), 1, 0),))
+
+
+def test_repair_of_pieces_keeps_to_ties_and_budgets() -> None:
+    names = ("kv0", "kv1", "kv2")
+    costs: dict[str, dict[Value, float]] = {n: {o: float(5 - i) for i, o in enumerate(SPANS)} for n in names}
+    budget = LinearBudget(AdditiveTable("kv_mb", 0.0, costs, exact=True), 9.0)
+    space = spans(AtMostDistinct(names, 2, 0), AtMostDistinct(names, 1, 1), Tied(("kv0", "kv2")), budget)
+    for seed in range(40):
+        assert space.violations(space.sample(np.random.default_rng(seed))) == []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import save_file
 
+from autocomp.attention.plan import AttentionPlan
 from autocomp.quantize.scheme import Scheme
 from autocomp.quantize.tensor import QuantizedTensor
 from autocomp.space import Candidate
@@ -19,10 +20,21 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 << 30
 
 
-def foreign_spaces(worker: ModelWorker) -> list[str]:
-    """A reason when the job has spaces beside ``bitwidths``, whose choices no weight file can hold."""
-    others = sorted({s.name for s in worker.spaces} - {"bitwidths"})
+def foreign_spaces(worker: ModelWorker, handled: Collection[str] = ("bitwidths",)) -> list[str]:
+    """A reason when the job has spaces whose choices a format can't hold, beside those ``handled``."""
+    others = sorted({s.name for s in worker.spaces} - set(handled))
     return [f"this format can't hold choices of {others}; search without them"] if others else []
+
+
+def attention_plan(worker: ModelWorker, candidate: Candidate) -> AttentionPlan | None:
+    """What the candidate does to attention; ``None`` when it leaves it alone."""
+    from autocomp.search_spaces.attention import Attention
+
+    for space in worker.spaces:
+        if isinstance(space, Attention):
+            plan = space.plan(worker.built, candidate.values)
+            return None if plan.plain else plan
+    return None
 
 
 class Exporter(Protocol):
@@ -56,6 +68,8 @@ def quantized_tensors(
     """The bank's tensors for those parts, one at a time; a part that borrows its weight has none."""
     from autocomp.search_spaces.weights import WeightSwapper
 
+    if not schemes:
+        return
     space = next(s for s in worker.spaces if s.name == "bitwidths")
     method = space.config.method  # type: ignore[attr-defined]
     swapper = WeightSwapper.of(worker.built)

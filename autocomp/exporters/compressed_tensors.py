@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import CapabilityError
 from autocomp.exporters.base import (
+    attention_plan,
     dense_tensors,
     foreign_spaces,
     quantized_parts,
@@ -41,7 +42,12 @@ class CompressedTensorsExporter:
         reasons = [
             reason for path, scheme in schemes.items() if (reason := _unsupported_part(worker, path, scheme))
         ]
-        reasons += foreign_spaces(worker)
+        reasons += foreign_spaces(worker, ("bitwidths", "attention"))
+        if attention_plan(worker, candidate) is not None:
+            reasons.append(
+                "this format holds weights only, no attention spans or bits of the key/value cache; use the"
+                " native format, or choose a candidate with dense attention in 16 bits"
+            )
         ties: dict[str, set[str]] = {}
         for part in site.parts:
             if part.kind == "linear" and part.role == "body" and part.tie:

@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from autocomp import __version__
-from autocomp.errors import ExportError
+from autocomp.attention.plan import AttentionPlan
+from autocomp.attention.runtime import install
+from autocomp.errors import CapabilityError, ExportError, SpaceError
 from autocomp.exporters.base import (
+    attention_plan,
     dense_tensors,
     foreign_spaces,
     quantized_parts,
@@ -38,18 +41,20 @@ if TYPE_CHECKING:
     from autocomp.worker import ModelWorker
 
 ENVELOPE = "autocomp.json"
-VERSION = 1
+VERSION = 2
+"""2 has ``attention``. Files without it say 1: what reads those need not know."""
 
 
 class NativeExporter:
-    """Every candidate of the ``bitwidths`` space, outliers and packed embeddings included."""
+    """Every candidate of the spaces ``bitwidths`` and ``attention``, outliers and packed embeddings included."""
 
     def supports(self, worker: ModelWorker, candidate: Candidate) -> list[str]:
         del candidate
-        return foreign_spaces(worker)
+        return foreign_spaces(worker, ("bitwidths", "attention"))
 
     def export(self, worker: ModelWorker, candidate: Candidate, folder: Path) -> None:
         schemes = quantized_parts(worker, candidate)
+        plan = attention_plan(worker, candidate)
         tensors = {f"dense/{n}": t for n, t in dense_tensors(worker, schemes).items()}
         for path, quantized in quantized_tensors(worker, schemes):
             tensors |= {f"packed/{path}/{n}": t.cpu() for n, t in quantized.to_state().items()}
@@ -60,7 +65,7 @@ class NativeExporter:
         site = worker.built.site
         envelope = {
             "format": "autocomp-native",
-            "version": VERSION,
+            "version": 1 if plan is None else VERSION,
             "autocomp": __version__,
             "software": software_versions(),
             "model": {"family": site.family, "fingerprint": site.fingerprint},
@@ -77,6 +82,8 @@ class NativeExporter:
             },
             "files": save_sharded(tensors, folder, "autocomp"),
         }
+        if plan is not None:
+            envelope["attention"] = plan.to_json()
         (folder / ENVELOPE).write_text(json.dumps(envelope, indent=1))
 
 
@@ -134,7 +141,13 @@ def load_native(folder: Path, device: str = "auto") -> PreTrainedModel:
     missing = sorted(n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta)
     if missing:
         raise ExportError(f"{str(folder)!r} lacks the tensors {missing[:3]}; export it again")
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if "attention" in envelope:
+        try:
+            install(model, AttentionPlan.from_json(envelope["attention"]))
+        except (SpaceError, CapabilityError) as error:
+            raise ExportError(f"the attention plan in {str(folder / ENVELOPE)!r}: {error}") from error
+    return model
 
 
 def _structure(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

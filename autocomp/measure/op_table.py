@@ -1,7 +1,8 @@
 """Times of single operations at decode: the rows of a latency table.
 
 A key names everything the time depends on except the number of tokens: ``linear/576x1536/w4g64`` is a
-linear layer with 576 output and 1536 input features; ``embedding/49152x576/w8`` a look-up.
+linear layer with 576 output and 1536 input features; ``embedding/49152x576/w8`` a look-up. Those of attention
+are in ``attention_table``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,25 @@ from autocomp.kernels import cpu_linear, cpu_step
 from autocomp.kernels.backend import DECODE_TOKENS
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.kernels.ops import capability, prepack, random_weight
+from autocomp.measure.attention_table import (
+    AttentionOperation,
+    attention_backend,
+    attention_key,
+    parse_attention_key,
+    time_attention,
+)
 from autocomp.measure.timing import Timing, time_calls
 from autocomp.quantize.scheme import Scheme
+
+__all__ = [
+    "AttentionOperation",
+    "Operation",
+    "attention_backend",
+    "attention_key",
+    "op_key",
+    "parse_op_key",
+    "time_op",
+]
 
 COLD_BYTES = 64 * 2**20
 """Copies of a weight add up to this, so that each call finds its own out of the CPU's caches."""
@@ -56,8 +74,10 @@ def op_key(shape: tuple[int, int], scheme: Scheme, kind: str = "linear") -> str:
     return Operation(kind, shape, scheme).key
 
 
-def parse_op_key(key: str) -> Operation:
-    """Inverse of ``op_key``; raises ``ValueError`` with the form when ``key`` doesn't have it."""
+def parse_op_key(key: str) -> Operation | AttentionOperation:
+    """Inverse of an operation's ``key``; raises ``ValueError`` with the form when ``key`` doesn't have it."""
+    if key.startswith("attention/"):
+        return parse_attention_key(key)
     match = _KEY.match(key)
     if match is None:
         raise ValueError(f"{key!r} is not an operation key; they look like 'linear/576x1536/w4g64'")
@@ -82,8 +102,8 @@ def time_op(
     weight from memory and not from a cache. A sample is one round over all copies, divided by their number.
 
     Args:
-        key: from ``op_key``.
-        tokens: rows of activations (M), or indices looked up.
+        key: from ``op_key``, or of an ``AttentionOperation``.
+        tokens: rows of activations (M), or indices looked up; for attention see ``time_attention``.
         dtype: of activations, and of the weights under ``w16``.
         device: ``cpu`` or ``cuda``.
         repeats, min_seconds: as in ``time_calls``.
@@ -97,6 +117,13 @@ def time_op(
     op = parse_op_key(key)
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1; got {tokens}")
+    if isinstance(op, AttentionOperation):
+        on_cuda = torch.device(device).type == "cuda"
+        return time_attention(
+            op, tokens, dtype, device, repeats=repeats, min_seconds=min_seconds,
+            lean=lean and device == "cpu", cold_bytes=COLD_BYTES_CUDA if on_cuda else COLD_BYTES,
+            most_copies=MAX_COPIES,
+        )  # fmt: skip
     found = capability(op.scheme, op.shape, torch.device(device).type)
     if op.kind == "linear" and not found.native:
         raise CapabilityError(f"{key} has no latency here: {found.reason}")

@@ -7,46 +7,106 @@ releases 3.3 and 4 share. HiGHS runs on one thread: that is deterministic, and m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.errors import CapabilityError, InfeasibleError
-from autocomp.searchers.mckp import Floats, Ints, Knapsack, Row, greedy, solve_dual, undominated
+from autocomp.searchers.blocks import Limit
+from autocomp.searchers.columns import first_master, whole_master
+from autocomp.searchers.mckp import Dual, Floats, Ints, Knapsack, Row, greedy, solve_dual, undominated
 
 Mask = NDArray[np.bool_]
 
+FIRST_GAP = 0.02
+"""Gap of the solve over some joint choices, which only says how dear those of a better solution may be."""
 
-def solve_knapsack(problem: Knapsack, gap: float, time_limit: float) -> tuple[Ints, float]:
+
+def solve_knapsack(
+    problem: Knapsack, gap: float, time_limit: float, explain: bool = True
+) -> tuple[Ints, float]:
     """Best assignment ``[groups]`` found, and a proven lower bound on its cost.
 
     Raises:
-        InfeasibleError: nothing meets the rows; names the smallest reachable total.
+        InfeasibleError: nothing meets the rows; names the smallest reachable total, which takes further
+            solves, when it is to ``explain``.
         CapabilityError: no solver is installed.
     """
     _check_rows(problem)
-    dual = solve_dual(problem)
-    if dual.bound > _dearest(problem):  # the relaxation is infeasible already
-        _explain(problem, time_limit)
+    found, bound = _search(problem, gap, time_limit)
+    if found is None:
+        if explain:
+            _explain(problem, time_limit)
+        raise InfeasibleError(f"nothing meets {', '.join(str(r) for r in problem.rows)} together")
+    return found, bound
+
+
+def _search(
+    problem: Knapsack, gap: float, time_limit: float, dual: Dual | None = None
+) -> tuple[Ints | None, float]:
+    """As ``solve_knapsack``; ``None`` where nothing is found. ``dual``: a good one, when it is known."""
+    if dual is None:
+        problem = replace(problem, rows=tuple(r for r in problem.rows if _may_bind(problem, r)))
+        dual = solve_dual(problem)
+    if not dual.bound <= _dearest(problem):  # the relaxation is infeasible already
+        return None, math.inf
+    if problem.structure.blocks:
+        return _search_blocks(problem, dual, gap, time_limit)
     known = greedy(problem, dual)
+    if known is not None and _close(problem, known, dual.bound, gap):
+        return known, max(dual.bound, 0.0)
+    return _finish(problem, dual, known, undominated(problem), gap, time_limit)
+
+
+def _search_blocks(problem: Knapsack, dual: Dual, gap: float, time_limit: float) -> tuple[Ints | None, float]:
+    """Solve over a few joint choices of each block, then over all that can be part of something better."""
+    first = first_master(problem, dual)
+    found, _ = _search(first.knapsack, max(gap, FIRST_GAP), time_limit, first.dual(dual))
+    known = None if found is None else first.expand(found)
+    if known is not None and not problem.feasible(known):  # a block whose limits were too many to be priced
+        known = None
+    if known is not None and _close(problem, known, dual.bound, gap):
+        return known, max(dual.bound, 0.0)
+    ceiling = _dearest(problem) if known is None else problem.value(known) + _tiny(problem)
+    whole = whole_master(problem, dual, ceiling)
+    if whole is None:
+        return _finish(problem, dual, known, problem.mask, gap, time_limit)
+    found, bound = _search(whole.knapsack, gap, time_limit, whole.dual(dual))
+    if found is not None and (known is None or whole.knapsack.value(found) < problem.value(known)):
+        known = whole.expand(found)
+    return known, max(dual.bound, min(bound, ceiling), 0.0)
+
+
+def _finish(
+    problem: Knapsack, dual: Dual, known: Ints | None, keep: Mask, gap: float, time_limit: float
+) -> tuple[Ints | None, float]:
+    """Branch and bound over what may be in a solution better than ``known``."""
     bound = max(dual.bound, 0.0)
-    tiny = 1e-12 * float(problem.cost.sum() or 1.0)
-    if known is not None and problem.value(known) - bound <= gap * problem.value(known) + tiny:
-        return known, bound
-    keep = undominated(problem)
     if known is not None:
-        keep &= dual.bound + dual.reduced <= problem.value(known) + tiny
+        keep = keep & (dual.bound + dual.reduced <= problem.value(known) + _tiny(problem))
         keep[known] = True
     found, proven = _branch_and_bound(problem, keep, known, gap, time_limit)
-    if found is None:
-        _explain(problem, time_limit)
-    assert found is not None
     # What was dropped costs at least the known solution; what was kept costs at least `proven`.
     ceiling = problem.value(known) if known is not None else math.inf
     return found, max(bound, min(proven, ceiling))
+
+
+def _close(problem: Knapsack, known: Ints, bound: float, gap: float) -> bool:
+    value = problem.value(known)
+    return value - max(bound, 0.0) <= gap * value + _tiny(problem)
+
+
+def _tiny(problem: Knapsack) -> float:
+    return 1e-12 * float(problem.cost.sum() or 1.0)
+
+
+def _may_bind(problem: Knapsack, row: Row) -> bool:
+    """Whether some assignment is over the row."""
+    heaviest = -problem.cheapest(-row.weight)[1]
+    return float(heaviest.sum()) > row.upper
 
 
 def _dearest(problem: Knapsack) -> float:
@@ -58,7 +118,9 @@ def _dearest(problem: Knapsack) -> float:
 def _check_rows(problem: Knapsack) -> None:
     """Raise ``InfeasibleError`` when a row by itself is over with the lightest option everywhere."""
     for row in problem.rows:
-        reachable = float(problem.cheapest(row.weight)[1].sum())
+        reachable = problem.optimum(row.weight)[1]
+        if math.isinf(reachable):
+            raise InfeasibleError("no choice meets the limits on different values; allow more of them")
         if reachable > row.upper + row.slack:
             raise InfeasibleError(_too_tight(row, reachable, ""))
 
@@ -109,8 +171,8 @@ def _solve_core(
         unit = float(weight[core].mean()) or 1.0
         room = (row.upper - float(least.sum()) - float(less)) / unit
         model += pulp.lpSum(float(weight[i]) / unit * v for i, v in take.items() if weight[i]) <= room
-    for number, (tied, k) in enumerate(problem.distinct):
-        _limit_values(model, pulp, problem, take, number, tied, k)
+    for number, limit in enumerate(problem.structure.limits):
+        _limit_values(model, pulp, problem, take, number, limit)
     for x in problem.exclude:
         if all(int(i) in take for i in x):
             model += pulp.lpSum(take[int(i)] for i in x) <= len(x) - 1
@@ -129,22 +191,21 @@ def _limit_values(
     problem: Knapsack,
     take: Mapping[int, Any],
     number: int,
-    members: Sequence[int],
-    k: int,
+    limit: Limit,
 ) -> None:
-    """Binary ``used[v]`` is at least every option with value v; at most k of them are one."""
-    groups = problem.groups
+    """Binary ``used[key]`` is at least a group's options with that key; at most k of them are one."""
     used: dict[str, Any] = {}
-    for g in members:
-        for o, value in enumerate(groups.options[g]):
-            option = take.get(int(groups.start[g]) + o)
-            if option is None:
-                continue
-            key = repr(value)
+    for g, keys in zip(limit.groups, limit.keys, strict=True):
+        carried: dict[str, list[Any]] = {}
+        for o, key in enumerate(keys):
+            option = take.get(int(problem.groups.start[g]) + o)
+            if option is not None:
+                carried.setdefault(key, []).append(option)
+        for key, options in carried.items():
             if key not in used:
                 used[key] = model.add_variable(f"used{number}_{len(used)}", cat="Binary")
-            model += option <= used[key]
-    model += pulp.lpSum(used.values()) <= k
+            model += pulp.lpSum(options) <= used[key]
+    model += pulp.lpSum(used.values()) <= limit.k
 
 
 def _run(model: Any, pulp: Any, gap: float, time_limit: float) -> tuple[bool, float]:
@@ -171,15 +232,15 @@ def _run(model: Any, pulp: Any, gap: float, time_limit: float) -> tuple[bool, fl
     return ok, float(pulp.value(model.objective) or 0.0) * (1.0 - gap) if proven else -math.inf
 
 
-def _explain(problem: Knapsack, time_limit: float) -> None:
+def _explain(problem: Knapsack, time_limit: float) -> NoReturn:
     """Raise ``InfeasibleError`` that names the first budget which can't be met, and what can be reached."""
     for i, row in enumerate(problem.rows):
-        least = Knapsack(problem.groups, row.weight, (), (), (), problem.allowed).cheapest(row.weight)[1]
+        least = problem.cheapest(row.weight)[1]
         shifted = row.weight - least[problem.groups.owner]
         relaxed = replace(
             problem, cost=np.where(problem.mask, shifted, 0.0), rows=problem.rows[:i], exclude=()
         )
-        x, _ = _branch_and_bound(relaxed, problem.mask, None, 0.0, time_limit)
+        x, _ = _search(relaxed, 0.0, time_limit)
         if x is None:
             break
         reachable = float(row.weight[x].sum())

@@ -24,7 +24,7 @@ from autocomp.searchers.common import (
     summed,
     table_budgets,
 )
-from autocomp.searchers.mckp import Groups, Knapsack, Row, distinct_groups, merged
+from autocomp.searchers.mckp import Groups, Knapsack, Row, Structure, merged
 from autocomp.space import AdditiveTable, Candidate, LinearBudget, SearchSpace
 from autocomp.trial import Trial
 
@@ -56,14 +56,20 @@ class Allocator:
     space: SearchSpace
     cost: AdditiveTable
 
+    def minimising(self, cost: AdditiveTable) -> Allocator:
+        """An allocator of the same space for another cost; what was compiled is shared."""
+        other = replace(self, cost=cost)
+        other.__dict__.update(groups=self.groups, structure=self.structure, own_rows=self.own_rows)
+        return other
+
     @cached_property
     def groups(self) -> Groups:
         check_additive(self.space)
         return Groups.of(self.space)
 
     @cached_property
-    def distinct(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        return distinct_groups(self.space, self.groups)
+    def structure(self) -> Structure:
+        return Structure.of(self.space, self.groups)
 
     @cached_property
     def own_rows(self) -> tuple[Row, ...]:
@@ -93,11 +99,12 @@ class Allocator:
         exclude: Iterable[Candidate] = (),
         gap: float = 1e-3,
         time_limit: float = 60.0,
+        explain: bool = True,
     ) -> Solution:
-        """See the function ``solve``."""
+        """See the function ``solve``. Without ``explain`` the error does not say what can be reached."""
         began = time.perf_counter()
         problem, floor = self._knapsack(merged((*self.own_rows, *rows)), exclude)
-        x, bound = solve_knapsack(problem, gap, time_limit)
+        x, bound = solve_knapsack(problem, gap, time_limit, explain)
         excess = problem.value(x)
         bound = min(bound, excess)
         left = excess - bound
@@ -125,7 +132,7 @@ class Allocator:
         unwanted = tuple(p for p in found if p is not None)
         least = Knapsack(groups, np.where(allowed, raw, 0.0), allowed=allowed).cheapest(raw)[1]
         cost = np.where(allowed, raw - least[groups.owner], 0.0)
-        return Knapsack(groups, cost, safe, self.distinct, unwanted, allowed), self.cost.base + float(
+        return Knapsack(groups, cost, safe, self.structure, unwanted, allowed), self.cost.base + float(
             least.sum()
         )
 
@@ -206,7 +213,8 @@ def sweep(
     Raises:
         InfeasibleError: nothing meets the other constraints.
     """
-    main, side = Allocator(space, cost), Allocator(space, by)
+    main = Allocator(space, cost)
+    side = main.minimising(by)
     rows = [main.row(b) for b in budgets]
     if points is None:
         return _every_point(main, side, rows, time_limit)
@@ -251,8 +259,8 @@ class IlpSearcher:
 
     One objective's table is the cost: the first that is a model (a sensitivity), else the first. It is
     minimised under a sweep of bounds on the other objectives' tables, one at a time and in equal parts;
-    with one objective the exact tables (bytes) take that place. When all points of the sweep were
-    proposed the sweep gets finer, then next-best candidates follow.
+    with one objective the exact tables (bytes) take that place, those with a bound first. When all points
+    of the sweep were proposed the sweep gets finer, then next-best candidates follow.
 
     Args:
         points: bounds of the coarsest sweep.
@@ -303,30 +311,54 @@ class IlpSearcher:
         cost, sides = cost_and_sides(self.problem, self.problem.tables)
         allocator = Allocator(self.problem.space, cost)
         rows = [allocator.row(b) for b in hard_budgets(self.problem, self.problem.tables)]
-        caps = deque([allocator.row((sides[0], sides[0].total(p)))] for p in plan if sides)
-        caps.append([])
-        found: list[Candidate] = []
-        while caps and len(found) < n:
-            cap = caps.popleft()
-            try:
-                best = allocator.solve([*rows, *cap], [*known, *found], self.gap, self.time_limit)
-            except InfeasibleError:
-                continue  # everything below this cap was proposed
-            found.append(best.candidate)
-            caps.append(cap)
-        return found
+        caps = [[allocator.row((sides[0], sides[0].total(p)))] for p in plan if sides]
+        turns = [(allocator, [*rows, *cap]) for cap in [*caps, []]]
+        return next_best(n, turns, known, self.gap, self.time_limit)
+
+
+def next_best(
+    n: int,
+    turns: Iterable[tuple[Allocator, list[Row]]],
+    known: Sequence[Candidate],
+    gap: float,
+    time_limit: float,
+) -> list[Candidate]:
+    """At most ``n`` candidates that are not ``known``: the best left within each turn's rows, round and
+    round."""
+    left = deque(turns)
+    found: list[Candidate] = []
+    while left and len(found) < n:
+        allocator, rows = left.popleft()
+        try:
+            best = allocator.solve(rows, [*known, *found], gap, time_limit, explain=False)
+        except InfeasibleError:
+            continue  # everything within these rows was proposed
+        found.append(best.candidate)
+        left.append((allocator, rows))
+    return found
 
 
 def cost_and_sides(
     problem: Problem, tables: Mapping[str, AdditiveTable]
 ) -> tuple[AdditiveTable, list[AdditiveTable]]:
-    """The table to minimise and those to bound, all as losses (see ``IlpSearcher``)."""
+    """The table to minimise and those to bound, all as losses (see ``IlpSearcher``).
+
+    Objectives with the same costs (divergence and accuracy by one profile) are one: nothing is traded there.
+    Where that leaves no side it is the bounded exact tables, or all exact ones when none is bounded.
+    """
     losses = loss_tables(problem.objectives, tables)
     if not losses:
         raise ObjectiveError(f"no table for any of {[o.metric for o in problem.objectives]}")
     cost = next((t for t in losses if not t.exact), losses[0])
-    sides = [t for t in losses if t is not cost]
-    return cost, sides or [t for t in tables.values() if t.exact and t.metric != cost.metric]
+    sides: list[AdditiveTable] = []
+    for table in losses:
+        if all(table.costs != other.costs for other in (cost, *sides)):
+            sides.append(table)
+    if sides:
+        return cost, sides
+    exact = [t for t in tables.values() if t.exact and t.metric != cost.metric]
+    bounded = {c.metric for c in problem.constraints}
+    return cost, [t for t in exact if t.metric in bounded] or exact
 
 
 def hard_budgets(problem: Problem, tables: Mapping[str, AdditiveTable]) -> list[Budget]:

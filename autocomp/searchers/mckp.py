@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from autocomp.errors import InfeasibleError, SpaceError
 from autocomp.repair import moving_groups
+from autocomp.searchers.blocks import Block, Limit, blocks_of
 from autocomp.space import AdditiveTable, AtMostDistinct, Candidate, Choice, SearchSpace, Value
 
 Floats = NDArray[np.float64]
@@ -132,13 +133,34 @@ def merged(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """Limits on different values and the blocks that they make of the groups, built once for many solves."""
+
+    limits: tuple[Limit, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+    @classmethod
+    def of(cls, space: SearchSpace, groups: Groups) -> Structure:
+        """The ``AtMostDistinct`` constraints of a space, without those that always hold."""
+        limits = []
+        for c in space.constraints:
+            if not isinstance(c, AtMostDistinct):
+                continue
+            members = tuple(sorted({groups.group_of[n] for n in c.names}))
+            keys = tuple(tuple(c.key(o) for o in groups.options[g]) for g in members)
+            if len(members) > c.k and len({key for row in keys for key in row}) > c.k:
+                limits.append(Limit(members, c.k, keys))
+        return cls(tuple(limits), blocks_of(limits, groups.start, len(groups.owner)))
+
+
+@dataclass(frozen=True)
 class Knapsack:
     """One instance over ``groups``.
 
     Attributes:
         cost: ``[positions]``, at least 0, with 0 the cheapest option of each group.
         rows: budgets that are worth a multiplier.
-        distinct: (groups, k): these groups take at most k different values.
+        structure: limits on different values, and the blocks of groups that they bind.
         exclude: assignments ``[groups]`` that are not wanted.
         allowed: ``[positions]``, false where an option is unknown to a table.
     """
@@ -146,7 +168,7 @@ class Knapsack:
     groups: Groups
     cost: Floats
     rows: tuple[Row, ...] = ()
-    distinct: tuple[tuple[tuple[int, ...], int], ...] = ()
+    structure: Structure = field(default_factory=lambda: Structure())
     exclude: tuple[Ints, ...] = ()
     allowed: NDArray[np.bool_] | None = None
 
@@ -161,13 +183,11 @@ class Knapsack:
         """Every row within its rounding slack, distinctness and exclusions; ``x [groups]``."""
         return (
             all(float(r.weight[x].sum()) <= r.upper + r.slack for r in self.rows)
-            and all(len(self._texts(x, groups)) <= k for groups, k in self.distinct)
+            and all(
+                c.holds([int(x[g] - self.groups.start[g]) for g in c.groups]) for c in self.structure.limits
+            )
             and not any(np.array_equal(x, e) for e in self.exclude)
         )
-
-    def _texts(self, x: Ints, groups: Sequence[int]) -> set[str]:
-        g = self.groups
-        return {repr(g.options[i][int(x[i] - g.start[i])]) for i in groups}
 
     def cheapest(self, flat: Floats) -> tuple[Ints, Floats]:
         """Position and value of each group's smallest allowed entry of ``flat [positions]``."""
@@ -178,22 +198,33 @@ class Knapsack:
         first = np.unique(owner[hits], return_index=True)[1]
         return hits[first], best
 
+    def optimum(self, flat: Floats) -> tuple[Ints, float]:
+        """The cheapest assignment ``[groups]`` within the limits, without rows, and its sum of ``flat``.
 
-def distinct_groups(space: SearchSpace, groups: Groups) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """``AtMostDistinct`` constraints by group index, without those that always hold."""
-    found = []
-    for c in space.constraints:
-        if isinstance(c, AtMostDistinct):
-            members = tuple(sorted({groups.group_of[n] for n in c.names}))
-            values = {repr(o) for g in members for o in groups.options[g]}
-            if len(members) > c.k and len(values) > c.k:
-                found.append((members, c.k))
-    return tuple(found)
+        The sum is infinite where the limits of a block can't be met.
+        """
+        x, best = self.cheapest(flat)
+        masked, together = np.where(self.mask, flat, np.inf), 0.0
+        for block in self.structure.blocks:
+            x[block.groups], total = block.cheapest(masked)
+            best[block.groups] = 0.0
+            together += total
+        return x, float(best.sum()) + together
+
+    def reduced(self, flat: Floats) -> Floats:
+        """What it costs at least to take each position instead of ``optimum(flat)``, ``[positions]``."""
+        _, best = self.cheapest(flat)
+        above = np.asarray(flat - best[self.groups.owner])
+        masked = np.where(self.mask, flat, np.inf)
+        for block in self.structure.blocks:
+            above[block.at] = block.reduced(masked)
+        return above
 
 
 @dataclass(frozen=True)
 class Dual:
-    """Multipliers ``[rows]`` and the lower bound that they prove (without the distinct constraints)."""
+    """Multipliers ``[rows]``, the lower bound that they prove, and what it costs at least to take each
+    position (``Knapsack.reduced`` of the priced costs)."""
 
     multipliers: Floats
     bound: float
@@ -214,11 +245,11 @@ def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-7) ->
         return _dual_of_one(problem, weights, upper, rounds)
     scale = _scale(problem.cost[problem.mask]) / np.array([_spread(problem, w) for w in weights])
     planes: list[Floats] = []
-    lam, best = np.zeros(len(upper)), None
+    lam = np.zeros(len(upper))
+    best: tuple[float, Floats] | None = None
     for _ in range(rounds):
-        dual = _dual_at(problem, lam * scale, weights, upper)
-        best = dual if best is None or dual.bound > best.bound else best
-        x, _ = problem.cheapest(problem.cost + (lam * scale) @ weights)
+        x, bound = _relaxed(problem, lam * scale, weights, upper)
+        best = (bound, lam) if best is None or bound > best[0] else best
         overrun = (weights[:, x].sum(axis=1) - upper) * scale
         planes.append(np.array([problem.value(x), *overrun]))
         stacked = np.array(planes)
@@ -228,44 +259,50 @@ def solve_dual(problem: Knapsack, rounds: int = 200, tolerance: float = 1e-7) ->
             b_ub=stacked[:, 0],
             bounds=[(0.0, 1e6)] * len(lam) + [(None, None)],
         )
-        if master.x is None or -master.fun - best.bound <= tolerance * max(1e-12, abs(best.bound)):
+        if master.x is None or -master.fun - best[0] <= tolerance * max(1e-12, abs(best[0])):
             break
         lam = np.asarray(master.x[:-1])
     assert best is not None
-    return best
+    return dual_at(problem, best[1] * scale)
 
 
 def _dual_of_one(problem: Knapsack, weights: Floats, upper: Floats, rounds: int) -> Dual:
     """At most one row: the next multiplier is where the planes on either side of the optimum meet."""
-    best = _dual_at(problem, np.zeros(len(upper)), weights, upper)
     if not len(upper):
-        return best
+        return dual_at(problem, np.zeros(0))
+    best = -math.inf, 0.0
 
     def plane(lam: float) -> tuple[float, float]:
-        x, _ = problem.cheapest(problem.cost + lam * weights[0])
+        nonlocal best
+        x, bound = _relaxed(problem, np.array([lam]), weights, upper)
+        best = max(best, (bound, lam), key=lambda b: b[0])
         return problem.value(x), float(weights[0, x].sum()) - float(upper[0])
 
     steep = 1e6 * _scale(problem.cost[problem.mask]) / _spread(problem, weights[0])
     left, right = plane(0.0), plane(steep)
-    if left[1] <= 0 or right[1] > 0:  # the row does not bind, or can't be met
-        end = _dual_at(problem, np.array([0.0 if left[1] <= 0 else steep]), weights, upper)
-        return end if end.bound > best.bound else best
     for _ in range(rounds):
+        if left[1] <= 0 or right[1] > 0:  # the row does not bind, or can't be met
+            break
         lam = (right[0] - left[0]) / (left[1] - right[1])
-        dual = _dual_at(problem, np.array([lam]), weights, upper)
-        best = dual if dual.bound > best.bound else best
         middle = plane(lam)
         if middle in (left, right) or middle[1] == 0:
             break
         left, right = (middle, right) if middle[1] > 0 else (left, middle)
-    return best
+    return dual_at(problem, np.array([best[1]]))
 
 
-def _dual_at(problem: Knapsack, multipliers: Floats, weights: Floats, upper: Floats) -> Dual:
-    priced = problem.cost + multipliers @ weights if len(multipliers) else problem.cost
-    _, best = problem.cheapest(priced)
-    bound = float(best.sum() - multipliers @ upper)
-    return Dual(multipliers, bound, np.asarray(priced - best[problem.groups.owner]))
+def _relaxed(problem: Knapsack, multipliers: Floats, weights: Floats, upper: Floats) -> tuple[Ints, float]:
+    """The cheapest assignment at these multipliers, and the bound that it proves."""
+    x, total = problem.optimum(problem.cost + multipliers @ weights)
+    return x, total - float(multipliers @ upper)
+
+
+def dual_at(problem: Knapsack, multipliers: Floats) -> Dual:
+    """What the given multipliers ``[rows]`` prove."""
+    weights = np.array([r.weight for r in problem.rows]).reshape(len(problem.rows), len(problem.cost))
+    upper = np.array([r.upper for r in problem.rows])
+    bound = _relaxed(problem, multipliers, weights, upper)[1]
+    return Dual(multipliers, bound, problem.reduced(problem.cost + multipliers @ weights))
 
 
 def _scale(values: Floats) -> float:
@@ -331,11 +368,11 @@ def _improve(problem: Knapsack, weights: Floats, upper: Floats, x: Ints, rounds:
 def undominated(problem: Knapsack) -> NDArray[np.bool_]:
     """Allowed positions without those that another option of the group beats in cost and in every row.
 
-    Only exact where nothing but the rows looks at the option: with distinct groups or exclusions all
+    Only exact where nothing but the rows looks at the option: with limits or exclusions all
     allowed positions are kept.
     """
     keep = problem.mask.copy()
-    if problem.distinct or problem.exclude:
+    if problem.structure.limits or problem.exclude:
         return keep
     columns = np.column_stack([problem.cost, *(r.weight for r in problem.rows)])
     sizes = np.diff(np.append(problem.groups.start, len(columns)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autocomp.attention.cache import new_cache
 from autocomp.errors import ExportError
 from autocomp.exporters.native import ENVELOPE, load_native
 from autocomp.serving.decoder import LeanDecoder, choose_token
@@ -100,9 +101,11 @@ class _Eager:
     name = "eager"
 
     def __init__(self, model: Any) -> None:
-        self._model, self._cache = model, None
+        self._model = model
+        self._cache: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
+        self._cache = new_cache(self._model)
         return self._run(ids.to(self._model.device))
 
     def step(self, token: Tensor) -> Tensor:

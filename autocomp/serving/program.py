@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autocomp.attention.plan import AttentionPlan
 from autocomp.kernels import cpu_linear, cpu_step, native
-from autocomp.kernels.cpu_attention import Cache as AcCache
-from autocomp.kernels.cpu_step import KINDS, SHARED, AcInput, AcOp, AcProgram, quantized_input
+from autocomp.kernels.cpu_step import KINDS, LINE, SHARED, AcInput, AcOp, AcProgram, quantized_input
 from autocomp.kernels.cpu_step import program as make_program
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
+from autocomp.serving.caches import Cache, make
 from autocomp.serving.lower import Lowering, Place, Step
 from autocomp.serving.record import Unsupported, storage
-
-LINE = 16
-"""Floats in a cache line: buffers begin at multiples of it."""
-
-
-class Cache:
-    """Keys and values of one attention layer, ``[batch, kv_heads, capacity, dim]`` each.
-
-    Attributes:
-        layer: the model's number of the layer.
-        k, v: float32 or bfloat16.
-    """
-
-    def __init__(self, facts: dict[str, Any], capacity: int, dtype: torch.dtype) -> None:
-        shape = (facts["batch"], facts["kv_heads"], capacity, facts["dim"])
-        self.layer = int(facts["layer"])
-        self.k, self.v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-        bits = 8 * dtype.itemsize
-        self.struct = AcCache(
-            batch=shape[0], heads=facts["heads"], kv_heads=shape[1], dim=shape[3], capacity=capacity,
-            key_bits=bits, value_bits=bits, k=self.k.data_ptr(), v=self.v.data_ptr(),
-        )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
 
 
 class Program:
@@ -52,7 +28,8 @@ class Program:
     Args:
         lowered: the steps.
         capacity: tokens that the caches hold.
-        cache_dtype: ``float32`` or ``bfloat16``.
+        cache_dtype: ``float32`` or ``bfloat16``, of what is not quantized.
+        plan: what the attention layers keep; ``None`` for everything.
         threads: most threads it will run on.
 
     Raises:
@@ -60,7 +37,10 @@ class Program:
         NativeUnavailable: there are no C kernels.
     """
 
-    def __init__(self, lowered: Lowering, capacity: int, cache_dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, lowered: Lowering, capacity: int, cache_dtype: torch.dtype, threads: int,
+        plan: AttentionPlan | None = None,
+    ) -> None:  # fmt: skip
         cpu_step.library()  # says at once when there is none
         self._keep: list[Any] = []
         self._inputs: dict[tuple[int, int], AcInput] = {}
@@ -71,11 +51,10 @@ class Program:
         total = max(offset + lowered.sizes[b] for b, offset in self._offsets.items()) + LINE
         self._arena = torch.zeros(total + LINE)
         self._base = -(-self._arena.data_ptr() // (4 * LINE)) * 4 * LINE
-        ops = [self._op(step, capacity, cache_dtype) for step in steps]
+        make_cache = partial(make, plan=plan, capacity=capacity, dtype=cache_dtype)
+        ops = [self._op(step, make_cache) for step in steps]
         _synchronize(steps, ops, self._offsets)
-        space = max((self._space(c, capacity) for c in self.caches), default=0) + LINE
-        self._space_memory = torch.empty(space * threads)
-        self._program: AcProgram = make_program(ops, self._space_memory.data_ptr(), space)
+        self._program: AcProgram = make_program(ops, [c.struct for c in self.caches], threads)
         ids, positions = (lowered.place(t) for t in (lowered.recording.ids, lowered.recording.positions))
         self.batch = lowered.recording.ids.shape[0]
         self._ids, self._positions = self._view(ids), self._view(positions)
@@ -94,7 +73,11 @@ class Program:
     @property
     def nbytes(self) -> int:
         """Bytes of buffers and caches (weights belong to the model)."""
-        return self._arena.nbytes + self._space_memory.nbytes + sum(c.nbytes for c in self.caches)
+        return self._arena.nbytes + self._program.memory.nbytes + self.cache_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.ring.nbytes for cache in self.caches)
 
     # -- addresses ----------------------------------------------------------------------------------
 
@@ -111,7 +94,7 @@ class Program:
         first = (self._base - self._arena.data_ptr()) // 4 + self._offsets[place.buffer] + place.offset
         return self._arena.as_strided(place.size, place.stride, first)
 
-    def _op(self, step: Step, capacity: int, cache_dtype: torch.dtype) -> AcOp:
+    def _op(self, step: Step, make_cache: Callable[[dict[str, Any]], Cache]) -> AcOp:
         op = AcOp(kind=KINDS[step.kind], shared=step.kind in SHARED, alpha=step.alpha, beta=step.beta)
         op.out, op.a, op.b, op.c = (self._address(p) for p in (step.out, step.a, step.b, step.c))
         op.pick = self._address(step.pick)
@@ -127,7 +110,7 @@ class Program:
         if step.kind in ("linear", "rows"):
             op.object = self._weight(step.weight)
         if step.kind == "attend":
-            cache = Cache(step.attention, capacity, cache_dtype)
+            cache = make_cache(step.attention)
             self.caches.append(cache)
             op.object = ctypes.addressof(cache.struct)
         return op
@@ -153,11 +136,6 @@ class Program:
         if key not in self._weights:
             self._weights[key] = (*_native_weights(weight), weight)
         return ctypes.addressof(self._weights[key][0])
-
-    def _space(self, cache: Cache, capacity: int) -> int:
-        functions = native.load("attention")
-        functions.ac_attend_space.restype = ctypes.c_int64
-        return int(functions.ac_attend_space(ctypes.byref(cache.struct), ctypes.c_int64(capacity)))
 
 
 def _native_weights(weight: Any) -> tuple[Any, list[Any]]:

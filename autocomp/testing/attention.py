@@ -12,13 +12,22 @@ so that a read outside shows in the result and a write outside is found; most ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from autocomp.kernels import attention_reference as reference
 from autocomp.kernels.library import Operator
+from autocomp.testing.attention_inputs import (
+    DECODE_SHAPES,
+    PREFILL_SHAPES,
+    Case,
+    guarded,
+    guards_hold,
+    moved_to,
+    random_heads,
+    spread,
+)
+from autocomp.testing.attention_rings import check_append, decode_cache_cases
 
 Tensor = torch.Tensor
 
@@ -28,81 +37,22 @@ CODED_BOUND = 1e-4
 """Floor of the bound over a quantized cache: queries may be rounded to 16-bit integers there."""
 PEAK = 16
 """The largest single error may be this many times the bound, relative to the largest output."""
-GUARD = 64
-
 WIDENED = {
     "decode_attention_kv": (0,),
     "attention_spans": (0, 1, 2),
-    "decode_attention_spans": (0, 1, 2),
+    "decode_attention_cache": (0,),
     "attention_window_residual": (0, 1, 2, 5),
     "attention_block_sparse": (0, 1, 2),
 }
 """Positions of the arguments that the reference gets in float64."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """Arguments of one call and what to call it in a message."""
-
-    label: str
-    args: tuple[Any, ...]
-
-
-def guarded(x: Tensor) -> Tensor:
-    """A copy of ``x`` between two guard zones."""
-    filling = torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else 0
-    whole = torch.full((x.numel() + 2 * GUARD,), filling, dtype=x.dtype, device=x.device)
-    inner = whole[GUARD : GUARD + x.numel()].view(x.shape)
-    return inner.copy_(x)
-
-
-def guards_hold(x: Tensor) -> bool:
-    """Whether the zones around a tensor from ``guarded`` are as they were."""
-    size = x.untyped_storage().nbytes() // x.element_size()
-    whole = torch.as_strided(x, (size,), (1,), 0)
-    zones = torch.cat([whole[:GUARD], whole[size - GUARD :]])
-    if x.is_floating_point():
-        return bool(zones.isnan().all())
-    return bool((zones == (255 if x.dtype == torch.uint8 else 0)).all())
-
-
-def _heads(generator: torch.Generator, dtype: torch.dtype, *shape: int, shift: float = 0.0) -> Tensor:
-    """Random ``[B, H, S, D]`` that lies as ``[B, S, H, D]`` in memory, as a model's projections leave it."""
-    batch, heads, tokens, dim = shape
-    x = torch.randn(batch, tokens, heads, dim, generator=generator) + shift
-    return guarded(x.to(dtype)).transpose(1, 2)
-
-
-def _spread(heads: int, *values: int) -> Tensor:
-    """int32 ``[heads]`` that goes through ``values``."""
-    return guarded(torch.tensor([values[h % len(values)] for h in range(heads)], dtype=torch.int32))
-
-
-DECODE_SHAPES = (
-    (4, 4, 64, 70),
-    (8, 2, 128, 300),
-    (6, 2, 40, 33),
-    (7, 1, 6, 129),
-    (8, 8, 16, 1),
-    (16, 2, 80, 65),
-)
-"""H, Hkv, D, S."""
-PREFILL_SHAPES = (
-    (4, 4, 64, 130),
-    (4, 2, 16, 64),
-    (4, 1, 40, 65),
-    (8, 4, 33, 17),
-    (4, 4, 128, 200),
-    (4, 4, 8, 1),
-)
-
-
 def decode_kv_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Ragged lengths with a 0, 8 and 4 bits, softcap, a model's window; garbage behind the length."""
     generator = torch.Generator().manual_seed(0)
     for heads, kv_heads, dim, tokens in DECODE_SHAPES:
-        q = _heads(generator, dtype, 3, heads, 1, dim)
-        k, v = (_heads(generator, dtype, 3, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
+        q = random_heads(generator, dtype, 3, heads, 1, dim)
+        k, v = (random_heads(generator, dtype, 3, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
         lengths = guarded(torch.tensor([tokens, tokens // 3, 0], dtype=torch.int32))
         for key_bits, value_bits, softcap, window in (
             (8, 8, 0.0, 0),
@@ -125,43 +75,23 @@ def spans_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Windows from 0 and 1 to more than S, with and without sinks."""
     generator = torch.Generator().manual_seed(1)
     for heads, kv_heads, dim, tokens in PREFILL_SHAPES:
-        q = _heads(generator, dtype, 2, heads, tokens, dim)
-        k, v = (_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
+        q = random_heads(generator, dtype, 2, heads, tokens, dim)
+        k, v = (random_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
         for windows, sinks in (((1, 17, tokens, 70), (0, 5, 0, 70)), ((0, 0, 2**30, 64), (0, 3, 2**30, 1))):
-            spans = _spread(heads, *windows), _spread(heads, *sinks)
+            spans = spread(heads, *windows), spread(heads, *sinks)
             yield Case(f"H{heads}/{kv_heads} D{dim} S{tokens} {windows}", (q, k, v, *spans, dim**-0.5))
-
-
-def decode_spans_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Rings that are not full, just full and wrapped; slots that were never written hold NaN."""
-    generator = torch.Generator().manual_seed(2)
-    for heads, kv_heads, dim, tokens in DECODE_SHAPES:
-        windows, sinks = (1, 40, 0, 64, 7), (0, 5, 3, 70, 2)
-        window, sink = _spread(kv_heads, *windows), _spread(kv_heads, *sinks)
-        starts = torch.zeros(kv_heads + 1, dtype=torch.int64)
-        starts[1:] = (window + sink).cumsum(0)
-        for length in (0, 1, 45, 200 + tokens):
-            k, v = (torch.full((2, int(starts[-1]), dim), torch.nan, dtype=dtype) for _ in range(2))
-            for h in range(kv_heads):
-                used = reference.span_slots(int(window[h]), int(sink[h]), length)
-                for cache in (k, v):
-                    rows = cache[:, starts[h] : starts[h] + used]
-                    rows.copy_(torch.randn(rows.shape, generator=generator))
-            q = _heads(generator, dtype, 2, heads, 1, dim)
-            args = (q, guarded(k), guarded(v), guarded(starts), window, sink, length, dim**-0.5)
-            yield Case(f"H{heads}/{kv_heads} D{dim} length {length}", args)
 
 
 def window_residual_cases(dtype: torch.dtype) -> Iterator[Case]:
     """All modes side by side, with and without text tokens and residual."""
     generator = torch.Generator().manual_seed(3)
     for heads, kv_heads, dim, tokens in PREFILL_SHAPES:
-        q = _heads(generator, dtype, 2, heads, tokens, dim)
-        k, v = (_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
-        held = _heads(generator, dtype, 2, heads, tokens, dim)
-        half_window = _spread(heads, 9, 0, 70, 500)
+        q = random_heads(generator, dtype, 2, heads, tokens, dim)
+        k, v = (random_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
+        held = random_heads(generator, dtype, 2, heads, tokens, dim)
+        half_window = spread(heads, 9, 0, 70, 500)
         for first, (prefix, residual) in enumerate(((0, held), (13, held), (2, None), (tokens + 5, held))):
-            mode = _spread(heads, *((first + i) % 4 for i in range(4)))
+            mode = spread(heads, *((first + i) % 4 for i in range(4)))
             label = f"H{heads}/{kv_heads} D{dim} S{tokens} prefix {prefix} mode {mode.tolist()}"
             yield Case(label, (q, k, v, half_window, prefix, residual, mode))
 
@@ -180,8 +110,8 @@ def block_sparse_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Blocks that divide S, that don't, that are longer; empty rows; with and without reordering."""
     generator = torch.Generator().manual_seed(4)
     for heads, kv_heads, dim, tokens in PREFILL_SHAPES:
-        q = _heads(generator, dtype, 2, heads, tokens, dim)
-        k, v = (_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
+        q = random_heads(generator, dtype, 2, heads, tokens, dim)
+        k, v = (random_heads(generator, dtype, 2, kv_heads, tokens, dim, shift=s) for s in (0.0, 0.5))
         order = guarded(
             torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)]).int()
         )
@@ -196,19 +126,10 @@ def block_sparse_cases(dtype: torch.dtype) -> Iterator[Case]:
 CASES = {
     "decode_attention_kv": decode_kv_cases,
     "attention_spans": spans_cases,
-    "decode_attention_spans": decode_spans_cases,
+    "decode_attention_cache": decode_cache_cases,
     "attention_window_residual": window_residual_cases,
     "attention_block_sparse": block_sparse_cases,
 }
-
-
-def _moved(x: Any, device: str) -> Any:
-    """``x`` on ``device`` with its strides and its guards."""
-    if not isinstance(x, Tensor) or x.device.type == device:
-        return x
-    size = x.untyped_storage().nbytes() // x.element_size()
-    whole = torch.as_strided(x, (size,), (1,), 0).to(device)
-    return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
 
 
 def _compare(where: str, found: Tensor, wanted: Tensor, bound: float, size: float, peak: float) -> None:
@@ -226,11 +147,12 @@ def check_case(operator: Operator, implementation: str, device: str, case: Case,
     positions = WIDENED[operator.name]
     wide = [a.double() if i in positions and isinstance(a, Tensor) else a for i, a in enumerate(case.args)]
     wanted = operator.reference(*wide)
-    args = [_moved(a, device) for a in case.args]
+    args = [moved_to(a, device) for a in case.args]
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
     with operator.forced(implementation), torch.inference_mode():
         found = operator(*args)
-    bound = max(BOUND[dtype], CODED_BOUND if operator.name == "decode_attention_kv" else 0.0)
+    coded = any(isinstance(a, Tensor) and a.dtype == torch.uint8 for a in case.args)
+    bound = max(BOUND[dtype], CODED_BOUND if coded else 0.0)
     found, wanted = (x if isinstance(x, tuple) else (x,) for x in (found, wanted))
     size, peak = float(wanted[0].norm()), float(wanted[0].abs().max())
     for part, (y, exact) in enumerate(zip(found, wanted)):
@@ -247,10 +169,10 @@ def check_quantize(operator: Operator, implementation: str, device: str, dtype: 
     """Codes within half a step of the input, and the reference's but for ties; constant rows are exact."""
     generator = torch.Generator().manual_seed(5)
     for bits, dim in ((8, 64), (4, 64), (8, 33), (4, 6), (8, 1)):
-        x = _heads(generator, dtype, 2, 3, 21, dim, shift=1.0)
+        x = random_heads(generator, dtype, 2, 3, 21, dim, shift=1.0)
         x[0, 0, 3] = 0.75
         with operator.forced(implementation):
-            found = [t.cpu() for t in operator(_moved(x, device), bits)]
+            found = [t.cpu() for t in operator(moved_to(x, device), bits)]
         where = f"{operator.name} ({implementation}, {dtype}) {bits} bits, dim {dim}"
         exact = reference.kv_quantize(x, bits)
         assert [t.shape for t in found] == [t.shape for t in exact], where
@@ -260,32 +182,6 @@ def check_quantize(operator: Operator, implementation: str, device: str, dtype: 
         error = (reference.kv_dequantize(found[0], found[1], found[2], bits) - x.float()).abs()
         assert (error <= found[1].unsqueeze(-1) * 0.501 + 1e-6).all(), f"{where}: more than half a step off"
         assert (found[0] != exact[0]).float().mean() <= 0.01, f"{where}: codes differ from the reference's"
-
-
-def check_append(operator: Operator, implementation: str, device: str, dtype: torch.dtype) -> None:
-    """After every one of 60 tokens each ring holds what a list that keeps sink and window would."""
-    generator = torch.Generator().manual_seed(6)
-    window, sink = (torch.tensor(t, dtype=torch.int32) for t in ((5, 20, 0, 64), (2, 0, 3, 10)))
-    starts = torch.tensor([0, *(window + sink).cumsum(0).tolist()])
-    k, v = (guarded(torch.full((2, int(starts[-1]), 24), torch.nan, dtype=dtype)) for _ in range(2))
-    k, v, *spans = (_moved(t, device) for t in (k, v, starts, window, sink))
-    seen: list[tuple[Tensor, Tensor]] = []
-    for position in range(60):
-        new = [torch.randn(2, 4, 48, generator=generator)[..., ::2].to(dtype) for _ in range(2)]
-        seen.append((new[0], new[1]))
-        with operator.forced(implementation):
-            operator(k, v, *(_moved(t.contiguous(), device) for t in new), *spans, position)
-        for h, (w, s) in enumerate(zip(window.tolist(), sink.tolist())):
-            kept = [t for t in range(position + 1) if t < s or position - t < w]
-            slots = [t if t < s else s + (t - s) % w for t in kept]
-            for cache, part in ((k, 0), (v, 1)):
-                ring = cache[:, int(starts[h]) : int(starts[h + 1])].cpu()
-                where = f"{operator.name} ({implementation}, {dtype}) head {h}, token {position}"
-                for t, slot in zip(kept, slots):
-                    assert torch.equal(ring[:, slot], seen[t][part][:, h]), f"{where}: token {t} is lost"
-                others = [slot for slot in range(ring.shape[1]) if slot not in slots]
-                assert ring[:, others].isnan().all(), f"{where}: writes a slot that is not its own"
-    assert guards_hold(k) and guards_hold(v), f"{operator.name} ({implementation}): writes beside the cache"
 
 
 def check_operator(
@@ -314,9 +210,8 @@ def check_operator(
             if operator.name == "kv_quantize":
                 check_quantize(operator, implementation, device, dtype)
                 ran += 1
-            elif operator.name == "spans_append":
-                check_append(operator, implementation, device, dtype)
-                ran += 1
+            elif operator.name == "cache_append":
+                ran += check_append(operator, implementation, device, dtype)
             else:
                 ran += _check_cases(operator, implementation, device, dtype)
         except NotImplementedError:

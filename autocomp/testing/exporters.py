@@ -25,26 +25,32 @@ Load = Callable[[Path], Any]
 Check = Callable[[Callable[[], Exporter], Load, Path], None]
 
 OPTIONS = ["w3g32", "w4g32", "w8", "w16"]
+ATTENTION = {"spans": ["dense", "a8b0s2"], "key_bits": [8, 16], "value_bits": [4, 16]}
 
 
 def tiny_worker(folder: Path) -> ModelWorker:
-    """A worker on a two-layer float32 Llama whose tied groups choose from ``OPTIONS``."""
+    """A worker on a two-layer float32 Llama whose tied groups choose from ``OPTIONS`` and whose key/value
+    heads choose from ``ATTENTION``."""
     model = tiny_model("llama", folder / "model")
     data = {"sequence_length": 32, "calibration": 2, "proxy": 2, "selection": 2, "report": 2}
     scenario = {"prompt_tokens": 8, "context_tokens": 8, "decode_tokens": 2}
     job = {
         "workload": {"model": str(model), "dtype": "float32", "data": data, "scenario": scenario},
-        "space": [{"bitwidths": {"options": OPTIONS}}],
+        "space": [{"bitwidths": {"options": OPTIONS}}, {"attention": ATTENTION}],
         "device": "cpu",
     }
     return ModelWorker(job)
 
 
 def candidates(worker: ModelWorker) -> list[Candidate]:
-    """Uniform ones, and one that mixes all options."""
-    names = [d.name for row in worker.decisions.values() for d in row]
+    """Uniform bits of the weights, a mix of them, and two of these with spans and bits of the cache."""
+    names = [d.name for d in worker.decisions["bitwidths"]]
+    groups = [d.name for d in worker.decisions["attention"]]
+    dense = dict.fromkeys(groups, "dense/k16v16")
     mixed = {n: OPTIONS[i % len(OPTIONS)] for i, n in enumerate(names)}
-    return [Candidate.of(dict.fromkeys(names, o)) for o in OPTIONS] + [Candidate.of(mixed)]
+    spans = {n: f"{'dense' if i % 2 else 'a8b0s2'}/k8v4" for i, n in enumerate(groups)}
+    rows = [dict.fromkeys(names, o) for o in OPTIONS] + [mixed]
+    return [Candidate.of(row | dense) for row in rows] + [Candidate.of(row | spans) for row in rows[-2:]]
 
 
 def check_round_trip(make: Callable[[], Exporter], load: Load, folder: Path) -> None:
@@ -95,7 +101,7 @@ def check_readable_record(make: Callable[[], Exporter], load: Load, folder: Path
     out.mkdir()
     make().export(worker, candidate, out)
     text = "".join(p.read_text() for p in out.glob("*.json"))
-    chosen = {str(v) for v in candidate.values.values()} - {"w16"}
+    chosen = {str(v) for v in candidate.values.values()} - {"w16", "dense/k16v16"}
     assert all(label in text for label in chosen), f"no JSON file names the formats {sorted(chosen)}"
 
 

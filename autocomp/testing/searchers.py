@@ -92,6 +92,48 @@ def toy_problem(
     return Problem(space, objectives, tuple(bounds), tables, baselines, seed)
 
 
+def span_problem(
+    layers: int = 3, groups: int = 2, *, rules: int = 3, widths: int = 2, weights: int = 2, seed: int = 0
+) -> Problem:
+    """Spans and bits of key/value groups, unordered, with at most two rules and one bit width a layer.
+
+    Minimises two modelled tables (``kl_1024``, ``kl_2048``) under exact ones (``kv_mb``, ``density``).
+
+    Args:
+        layers, groups: layers, and key/value groups of a layer.
+        rules, widths: span rules and bit widths on offer; an option is ``a128b0s4/k8v8``.
+        weights: further decisions, bits of a weight each.
+        seed: of the tables and the problem.
+    """
+    rng = np.random.default_rng(seed)
+    kept, bits = np.linspace(0.1, 1.0, rules), (16, 8, 4, 3, 2)[:widths]
+    kinds = [(i, j) for i in range(rules) for j in range(widths)]
+    labels = [f"a{128 * (i + 1)}b0s4/k{bits[j]}v{bits[j]}" for i, j in kinds]
+    rows: dict[str, dict[str, dict[Value, float]]] = {
+        m: {} for m in ("kl_1024", "kl_2048", "kv_mb", "density")
+    }
+    names = [[f"attention/{i}.kv{g}" for g in range(groups)] for i in range(layers)]
+    for name in (n for layer in names for n in layer):
+        size, short, long = np.exp(rng.normal(size=3))
+        lost = [(size * (1 - kept[i]) ** 1.5, 0.1 * 4.0 ** (4 - bits[j])) for i, j in kinds]
+        rows["kl_1024"][name] = {o: float(a * short + b) for o, (a, b) in zip(labels, lost)}
+        rows["kl_2048"][name] = {o: float(a * long + b) for o, (a, b) in zip(labels, lost)}
+        rows["kv_mb"][name] = {o: float(kept[i] * bits[j]) for o, (i, j) in zip(labels, kinds)}
+        rows["density"][name] = {o: float(kept[i]) / (layers * groups) for o, (i, j) in zip(labels, kinds)}
+    decisions = [Decision(n, Choice(tuple(labels)), block=i) for i, layer in enumerate(names) for n in layer]
+    for name in (f"bits/w{i}" for i in range(weights)):
+        decisions.append(Decision(name, Choice(BITS, True)))
+        loss: dict[Value, float] = {o: float(np.exp(rng.normal())) * 4.0**-o for o in BITS}
+        rows["kl_1024"][name] = rows["kl_2048"][name] = loss
+    tables = {m: AdditiveTable(m, 0.0, r, exact=m in ("kv_mb", "density")) for m, r in rows.items()}
+    most = sum(max(row.values()) for row in rows["kv_mb"].values())
+    bounds = (Constraint("kv_mb", True, 0.4 * most), Constraint("density", True, 0.6))
+    limits = [AtMostDistinct(tuple(layer), k, f) for layer in names for k, f in ((2, 0), (1, 1))]
+    budgets = [LinearBudget(tables[c.metric], c.bound) for c in bounds]
+    space = SearchSpace(tuple(decisions), (*limits, *budgets))
+    return Problem(space, (Objective("kl_1024"), Objective("kl_2048")), bounds, tables, (), seed)
+
+
 def float_problem(constraints: Sequence[SpaceConstraint] = (), nullable: bool = False) -> Problem:
     """Four floats in [0, 1] and a solver's name; no tables."""
     floats = tuple(Decision(f"x{i}", Interval(0.0, 1.0, nullable)) for i in range(4))
@@ -162,6 +204,17 @@ def check_constraints(factory: Factory) -> None:
     names = [f"d{i:04d}" for i in range(12)]
     structure = (Tied(tuple(names[:3])), AtMostDistinct(tuple(names[4:10]), 2))
     _run(factory, toy_problem(constraints=structure, budget=0.4))
+
+
+def check_pieces(factory: Factory) -> None:
+    """Limits on pieces of unordered options hold in every proposal, and the search finds some."""
+    problem = span_problem()
+    history = _run(factory, problem, rounds=4)
+    assert len(history) >= 6 or _build(factory, problem) is None, "too few proposals"
+    pieces = {
+        str(v).split("/")[1] for t in history for n, v in t.candidate.items if n.startswith("attention")
+    }
+    assert len(pieces) == 2 or _build(factory, problem) is None, f"bits are never anything but {pieces}"
 
 
 def check_pending(factory: Factory) -> None:

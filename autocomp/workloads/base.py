@@ -27,6 +27,8 @@ class Built:
         device: ``cpu`` or ``cuda:0``.
         originals: path -> uncompressed weight, kept so that every change can be undone.
         state: scratch of spaces and of the workload, by name (layer bank, caches, teacher outputs).
+        changed: what is compressed at this moment (``weights``, ``attention``): whoever changes the model
+            adds its word, and takes it away after restoring the originals.
     """
 
     model: torch.nn.Module
@@ -34,6 +36,12 @@ class Built:
     device: str
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    @property
+    def pristine(self) -> bool:
+        """Whether the model is uncompressed."""
+        return not self.changed
 
 
 class Workload(ABC):
@@ -42,7 +50,7 @@ class Workload(ABC):
     kind: ClassVar[str]
     Config: ClassVar[type[BaseModel]]
     #: quality metric -> True when smaller is better
-    quality_metrics: ClassVar[Mapping[str, bool]]
+    quality_metrics: Mapping[str, bool]
     #: timing metric -> unit, in words
     timing_metrics: ClassVar[Mapping[str, str]]
 

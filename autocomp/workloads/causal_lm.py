@@ -7,6 +7,7 @@ serving one batch. Module level is import-light: the driver reads ``Config`` and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,6 +26,7 @@ from autocomp.workloads.text import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from autocomp.serving import LeanDecoder
@@ -100,18 +102,18 @@ class CausalLMConfig(BaseModel):
 class CausalLM(Workload):
     """Decoder-only language models (Llama, Qwen, GPT-2, GPT-NeoX, OPT, Gemma, Granite, Mixtral, ...).
 
-    ``built.state`` holds ``pristine`` (True while the model is uncompressed; whoever changes the model sets
-    it False and, after restoring the originals, True again), ``tokenizer``, ``splits`` (split -> int64
+    ``built.state`` holds ``tokenizer``, ``splits`` (split -> int64
     ``[n, sequence_length]`` on the device), ``source`` and ``teachers`` (split -> ``Teacher``).
     """
 
     kind: ClassVar[str] = "causal_lm"
     Config: ClassVar[type[BaseModel]] = CausalLMConfig
-    quality_metrics: ClassVar[Mapping[str, bool]] = {"kl": True, "ppl": True, "top1": False}
+    quality_metrics: Mapping[str, bool] = {"kl": True, "ppl": True, "top1": False}
     timing_metrics: ClassVar[Mapping[str, str]] = {
         "prefill_ms": "ms for one batch of prompts",
         "decode_ms": "ms for one token of every sequence in the batch",
         "resident_mb": "10**6 bytes of weights as the kernels hold them",
+        "cache_mb": "10**6 bytes of keys and values that are held when decoding starts",
         "peak_mb": "10**6 bytes while serving: weights, caches, activations",
     }
     config: CausalLMConfig
@@ -135,7 +137,13 @@ class CausalLM(Workload):
         _check_vocabulary(model, splits)
         fingerprint = checkpoint.fingerprint(model)  # before the move: hashing reads host memory
         model.to(device)
-        site = discovery.discover(model, fingerprint)
+        s = self.config.scenario
+        site = replace(
+            discovery.discover(model, fingerprint),
+            context=s.context_tokens,
+            batch=s.batch,
+            lengths=self.profile_lengths(),
+        )
         built = Built(model, site, device)
         for part in site.parts:
             if part.kind in ("linear", "embedding"):
@@ -147,8 +155,12 @@ class CausalLM(Workload):
 
     def prepare(self, built: Built) -> None:
         """Declare ``built`` uncompressed and forget outputs of an earlier model; ``load`` ends with it."""
-        built.state["pristine"] = True
+        built.changed.clear()
         built.state["teachers"] = {}
+
+    def profile_lengths(self) -> tuple[int, ...]:
+        """Lengths of the sequences that profiles look at."""
+        return (self.config.data.sequence_length,)
 
     def inputs(self, built: Built, split: str, n: int = 0) -> Tensor:
         """The first ``n`` sequences of ``split`` (0: all): int64 ``[n, sequence_length]`` on the device.
@@ -162,15 +174,20 @@ class CausalLM(Workload):
         tokens = splits[split]
         if not 0 <= n <= len(tokens):
             raise JobError(
-                f"{n} sequences asked of split {split!r}, which has {len(tokens)}: raise data.{split}"
+                f"{n} sequences asked of split {split!r}, which has {len(tokens)}: "
+                f"raise {self._size_key(split)}"
             )
         return tokens[: n or len(tokens)]
+
+    def _size_key(self, split: str) -> str:
+        """The key of the job that says how many sequences ``split`` has."""
+        return f"data.{split}"
 
     def calibration_batches(self, built: Built, n: int = 0) -> list[Tensor]:
         """The calibration sequences in batches ``[b, sequence_length]`` whose logits fit in memory."""
         from autocomp.workloads.teacher import batches
 
-        return [b for _, b in batches(self.inputs(built, "calibration", n), _vocabulary(built))]
+        return [b for _, b in batches(self.inputs(built, "calibration", n), vocabulary_size(built))]
 
     def ensure_teacher(self, built: Built, split: str, sequences: int = 0) -> None:
         """Record the uncompressed model's outputs on the first ``sequences`` of ``split`` (0: all), unless
@@ -184,22 +201,32 @@ class CausalLM(Workload):
         teacher: Teacher | None = built.state["teachers"].get(split)
         if teacher is not None and len(teacher) >= len(tokens):
             return
-        if not built.state["pristine"]:
+        if not built.pristine:
             raise RuntimeError(
                 f"the uncompressed model's outputs on {split!r} are not recorded and the model is "
                 "compressed: restore the originals, then call ensure_teacher"
             )
-        self._record(built, split, tokens)
+        done = 0 if teacher is None else len(teacher)
+        self._record(built, split, tokens, done)
 
-    def _record(self, built: Built, split: str, tokens: Tensor) -> None:
+    def _passes(
+        self, built: Built, split: str, tokens: Tensor, done: int
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Forward passes over the rows of ``split``'s ``tokens`` from ``done`` on: int64 ``[b, L]``, and the
+        positions that are wanted, int64 ``[K]`` (``None``: all)."""
+        from autocomp.workloads.teacher import batches
+
+        del split
+        return [(batch, None) for _, batch in batches(tokens[done:], vocabulary_size(built))]
+
+    def _record(self, built: Built, split: str, tokens: Tensor, done: int) -> None:
         import torch
 
-        from autocomp.workloads.teacher import batches, forward_with_hidden
+        from autocomp.workloads.teacher import forward_with_hidden
 
-        done = len(built.state["teachers"].get(split, ()))
         with torch.inference_mode():
-            for _, batch in batches(tokens[done:], _vocabulary(built)):
-                logits, hidden = forward_with_hidden(built.model, batch)
+            for batch, kept in self._passes(built, split, tokens, done):
+                logits, hidden = forward_with_hidden(built.model, batch, kept)
                 # The maximum is NaN or infinite when any logit is NaN or +inf; -inf rules a token out.
                 if not torch.isfinite(logits.amax(-1)).all():
                     raise JobError(
@@ -216,9 +243,13 @@ class CausalLM(Workload):
 
         head = None if hidden is None else match_head(built.model, hidden, logits)
         width = 0 if hidden is None else hidden.shape[-1]
-        tokens = sum(t.numel() for t in built.state["splits"].values())
+        tokens = self._teacher_tokens(built)
         limit = int(self.config.data.teacher_mb * 1e6)
         return Teacher(choose_mode(tokens, width, logits.shape[-1], limit, head), head)
+
+    def _teacher_tokens(self, built: Built) -> int:
+        """Positions of all splits together whose outputs may be recorded."""
+        return sum(t.numel() for t in built.state["splits"].values())
 
     def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
         """``kl``, ``ppl`` and ``top1`` of the model as it is; see ``teacher.compare``.
@@ -232,7 +263,7 @@ class CausalLM(Workload):
         self.ensure_teacher(built, fidelity.split, fidelity.sequences)
         tokens = self.inputs(built, fidelity.split, fidelity.sequences)
         teacher = built.state["teachers"][fidelity.split]
-        return compare(built.model, tokens, teacher, _vocabulary(built)), tokens.numel()
+        return compare(built.model, tokens, teacher, vocabulary_size(built)), tokens.numel()
 
     def divergence(self, built: Built, split: str, logits: Tensor, index: int) -> Tensor:
         """KL(uncompressed || ``logits``) summed over the tokens of sequence ``index``: a scalar, in nats,
@@ -240,6 +271,22 @@ class CausalLM(Workload):
         from autocomp.workloads.teacher import summed_divergence
 
         return summed_divergence(logits[0], built.state["teachers"][split], index)
+
+    def profile_batches(self, built: Built) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Sequences that profiles of attention use: length -> ids int64 ``[n, length]``, and bool of the same
+        shape for positions whose next-token loss counts (``None``: all)."""
+        ids = self.inputs(built, "calibration")
+        return {ids.shape[1]: (ids, None)}
+
+    def ensure_profile_teacher(self, built: Built) -> None:
+        """Record the uncompressed model's outputs on ``profile_batches``."""
+        self.ensure_teacher(built, "calibration")
+
+    def profile_divergence(self, built: Built, logits: Tensor, length: int, row: int) -> Tensor:
+        """KL(uncompressed || ``logits [1, length, vocabulary]``) on one row of ``profile_batches``, summed
+        over the positions that count: a scalar with a gradient."""
+        del length
+        return self.divergence(built, "calibration", logits, row)
 
     def runtime(self, built: Built) -> tuple[str, str]:
         """What decodes this model, ``lean`` or ``eager``, and in the latter case why. Decided once, best
@@ -319,30 +366,37 @@ class CausalLM(Workload):
     def _splits(self, tokenizer: Any) -> dict[str, Tensor]:
         import torch
 
-        from autocomp.workloads.checkpoint import quiet
-
         data = self.config.data
-        texts = drop_repeats(read_documents(data.text))
-        with quiet():  # "longer than the model's maximum": the stream is cut afterwards
-            documents, prefix = tokenize(tokenizer, texts), sequence_prefix(tokenizer)
+        documents, prefix = self._documents(tokenizer)
         counts = {name: getattr(data, name) for name in SPLITS}
         rows = split_sequences(documents, counts, data.sequence_length, self.seed, prefix)
         return {name: torch.from_numpy(array) for name, array in rows.items()}
 
-    def _check_lengths(self, config: Any) -> None:
-        limit = getattr(config, "max_position_embeddings", None)
+    def _documents(self, tokenizer: Any) -> tuple[list[np.ndarray], list[int]]:
+        """Token ids of each document, and what every sequence begins with."""
+        from autocomp.workloads.checkpoint import quiet
+
+        texts = drop_repeats(read_documents(self.config.data.text))
+        with quiet():  # "longer than the model's maximum": the stream is cut afterwards
+            return tokenize(tokenizer, texts), sequence_prefix(tokenizer)
+
+    def _lengths(self) -> dict[str, int]:
+        """Key of the job -> tokens that the model must be able to read."""
         s = self.config.scenario
-        wanted = {
+        return {
             "data.sequence_length": self.config.data.sequence_length,
             "scenario.prompt_tokens": s.prompt_tokens,
             "scenario.context_tokens + decode_tokens": s.context_tokens + s.decode_tokens,
         }
-        for name, length in wanted.items():
+
+    def _check_lengths(self, config: Any) -> None:
+        limit = getattr(config, "max_position_embeddings", None)
+        for name, length in self._lengths().items():
             if limit is not None and length > limit:
                 raise JobError(f"{name} is {length}, but the model's context is {limit} tokens: lower it")
 
 
-def _vocabulary(built: Built) -> int:
+def vocabulary_size(built: Built) -> int:
     return int(built.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from autocomp.attention.probe import attention_calls, refusal
 from autocomp.errors import JobError
 from autocomp.search_spaces.base import ModelSite, Part
 
@@ -44,7 +45,8 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
 
     Kinds and roles: ``linear`` (``nn.Linear`` or transformers' ``Conv1D``; shape always ``(out, in)``) with
     role ``body`` or ``head``; ``embedding`` (the input embedding); ``router`` (matrix that chooses experts)
-    and ``experts`` (a 3-D parameter, its path is the parameter's), both left uncompressed.
+    and ``experts`` (a 3-D parameter, its path is the parameter's), both left uncompressed; ``kv_group``,
+    where attention goes through transformers' interface.
     ``other_bytes`` counts every parameter and buffer except the weights of ``linear`` and ``embedding``.
 
     Raises:
@@ -68,11 +70,29 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
     last = len(probe.order)  # what the pass did not reach (an expert without tokens) comes at the end
     parts.sort(key=lambda p: probe.order.get(_parent(p.path) if p.kind == "experts" else p.path, last))
 
+    groups, reason = _kv_groups(model, block)
+    parts += groups
     counted: list[Any] = [modules[p.path].weight for p in parts if p.kind in ("linear", "embedding")]
     other_bytes = unique_bytes([*model.parameters(), *model.buffers()]) - unique_bytes(counted)
     config: Any = getattr(model, "config", None)
     family = str(getattr(config, "model_type", type(model).__name__))
-    return ModelSite(family, tuple(parts), other_bytes, fingerprint, counted[0].element_size())
+    return ModelSite(
+        family, tuple(parts), other_bytes, fingerprint, counted[0].element_size(),
+        lacking={"kv_group": reason} if reason else {},
+    )  # fmt: skip
+
+
+def _kv_groups(model: Any, block: Callable[[str], int | None]) -> tuple[list[Part], str]:
+    """A part for every key/value head, or none and why attention can't be planned for this model."""
+    reason = refusal(model)
+    if reason:
+        return [], reason
+    return [
+        Part(f"{call.path}.kv{g}", "kv_group", (call.heads // call.groups, call.dim), block(call.path),
+             call.path, "attention", window=call.window)
+        for call in attention_calls(model)
+        for g in range(call.groups)
+    ], ""  # fmt: skip
 
 
 def _matrix_parts(modules: dict[str, nn.Module], roles: dict[str, str], ties: dict[str, str]) -> list[Part]:

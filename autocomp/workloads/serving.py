@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from autocomp.attention.cache import SpanCache, new_cache
 from autocomp.errors import CapabilityError
 from autocomp.measure.device import conditions, set_threads
 from autocomp.measure.memory import peak_memory, weights_bytes
 from autocomp.measure.timing import Timing, time_calls
 from autocomp.trial import Estimate
 from autocomp.workloads.checkpoint import quiet
+from autocomp.workloads.discovery import unique_bytes
 
 if TYPE_CHECKING:
     from autocomp.serving import LeanDecoder
@@ -83,6 +85,18 @@ class Server:
         trial = copy.deepcopy(self._cache)
         self._can_crop = self._run_steps(trial) and self._rewind(trial)
 
+    def cache_bytes(self) -> int:
+        """Bytes of the tensors that hold keys and values; after ``prepare_decode``."""
+        if self.decoder is not None:
+            return self.decoder.cache_bytes
+        if isinstance(self._cache, SpanCache):
+            return self._cache.nbytes
+        return unique_bytes(
+            t for layer in getattr(self._cache, "layers", ())
+            for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if isinstance(t, Tensor)
+        )  # fmt: skip
+
     @property
     def runtime(self) -> str:
         """``lean`` or ``eager``: what decodes."""
@@ -90,8 +104,8 @@ class Server:
 
     @property
     def rewinding(self) -> str:
-        """``position`` (the lean decoder's own, free), ``crop`` (views, free) or ``copy``: the cache is
-        cloned inside the timed call, where cropping is impossible (full windows, recurrent states)."""
+        """``position`` (the lean decoder's own, free), ``crop`` (views or positions, free) or ``copy``: the
+        cache is cloned inside the timed call, where cropping is impossible (recurrent states)."""
         if self.decoder is not None:
             return "position"
         return "crop" if self._can_crop else "copy"
@@ -101,7 +115,7 @@ class Server:
         if self.decoder is not None:
             for token in self.steps:
                 self.decoder.step(token[:, 0])
-            self.decoder.rewind(self.context.shape[1])
+            self.decoder.rewind(self.context.shape[1], exact=False)
         elif self._can_crop:
             self._run_steps(self._cache)
             self._rewind(self._cache)
@@ -118,8 +132,10 @@ class Server:
         )  # fmt: skip
 
     def _fill(self, tokens: Tensor) -> Any:
-        # The model makes the cache that suits it: dynamic, sliding, recurrent.
-        return self.model(input_ids=tokens, use_cache=True, **self.last_only).past_key_values
+        # The model makes the cache that suits it: dynamic, sliding, recurrent; a plan needs one of ours.
+        cache = new_cache(self.model)
+        given = {} if cache is None else {"past_key_values": cache}
+        return self.model(input_ids=tokens, use_cache=True, **given, **self.last_only).past_key_values
 
     def _run_steps(self, cache: Any) -> bool:
         for token in self.steps:
@@ -129,6 +145,9 @@ class Server:
     def _rewind(self, cache: Any) -> bool:
         """Cut ``cache`` back to the context; False when it can't be."""
         length = self.context.shape[1]
+        if isinstance(cache, SpanCache):
+            cache.rewind(length)
+            return True
         try:
             # A negative count means "remove this many" in every version of transformers 5.
             cache.crop(length - cache.get_seq_length())
@@ -141,8 +160,9 @@ def measure(
     server: Server, *, repeats: int, threads: int, device: str, seconds: float = 0.0, generate: bool = True
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Time ``server``: ``prefill_ms`` (one prompt batch), ``decode_ms`` (one token of every sequence in the
-    batch), ``resident_mb`` (10**6 bytes of weights as the kernels hold them) and ``peak_mb`` (those plus the
-    largest working memory while serving, caches and activations included), with details for the record.
+    batch), ``resident_mb`` (10**6 bytes of weights as the kernels hold them), ``cache_mb`` (10**6 bytes of
+    keys and values that are allocated when decoding starts) and ``peak_mb`` (the weights plus the largest
+    working memory while serving, caches and activations included), with details for the record.
 
     With ``generate``, the details hold ``generate_ms`` too: a token through ``model.generate``, whose Python
     overhead hides the weights of a small model; ``None`` where it fails.
@@ -157,6 +177,7 @@ def measure(
         with peak_memory(device) as peak:
             prefill = time_calls(server.prefill, warmup=WARMUP, repeats=repeats, device=device)
             server.prepare_decode()
+            cache_bytes = server.cache_bytes()
             decode = per_token(server.decode, repeats, seconds)
         if generate:
             generate_ms, reason = _try_generate(lambda: per_token(server.generate, min(3, repeats)))
@@ -166,6 +187,7 @@ def measure(
         "prefill_ms": Estimate(prefill.median_ms, prefill.stderr_ms, prefill.n),
         "decode_ms": Estimate(decode.median_ms, decode.stderr_ms, decode.n),
         "resident_mb": Estimate(resident / 1e6),
+        "cache_mb": Estimate(cache_bytes / 1e6),
         "peak_mb": Estimate((resident + buffers + peak.increase_bytes) / 1e6),
     }
     details: dict[str, Any] = {

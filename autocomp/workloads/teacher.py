@@ -8,6 +8,7 @@ the original head weight.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,26 +150,35 @@ def match_head(model: Any, hidden: Tensor, logits: Tensor) -> Head | None:
     return best[1] if best[0] <= _TOLERANCE.get(logits.dtype, 1e-4) * scale else None
 
 
-def forward(model: Any, tokens: Tensor) -> Tensor:
-    """Logits ``[b, L, vocabulary]`` of ``tokens`` ``[b, L]``, no cache."""
+def forward(model: Any, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Logits ``[b, L, vocabulary]`` of ``tokens`` ``[b, L]``, no cache.
+
+    ``keep`` (int64 ``[K]``): positions whose logits are wanted; the others are not computed where the model
+    can skip them. The result is then ``[b, K, vocabulary]``.
+    """
+    skips = keep is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits
+        some = {"logits_to_keep": keep} if skips else {}
+        logits: Tensor = model(input_ids=tokens, use_cache=False, **some).logits
+    return logits if keep is None or skips else logits[:, keep]
 
 
-def forward_with_hidden(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``forward`` and what entered the output head, ``[b, L, width]`` (``None`` for a model without one)."""
+def forward_with_hidden(
+    model: Any, tokens: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``forward`` and what entered the output head, ``[b, L or K, width]`` (``None`` for a model without
+    one)."""
     module = model.get_output_embeddings()
     seen: list[Tensor] = []
     if module is None:
-        return forward(model, tokens), None
+        return forward(model, tokens, keep), None
     handle = module.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
     try:
-        logits = forward(model, tokens)
+        logits = forward(model, tokens, keep)
     finally:
         handle.remove()
     # A head that is bypassed, or called in pieces, is treated like a missing one.
-    whole = len(seen) == 1 and seen[0].shape[:2] == tokens.shape
+    whole = len(seen) == 1 and seen[0].shape[:2] == logits.shape[:2]
     return logits, seen[0] if whole else None
 
 
@@ -184,13 +194,22 @@ def _chunks(logits: Tensor) -> Sequence[Tensor]:
     return logits.split(max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
 
 
-def compare(model: Any, tokens: Tensor, teacher: Teacher, vocabulary: int) -> dict[str, Estimate]:
-    """``kl`` (nats a token), ``ppl`` and ``top1`` of ``model`` as it is on ``tokens`` ``[n, L]``.
+def compare(
+    model: Any, tokens: Tensor, teacher: Teacher, vocabulary: int, keep: Tensor | None = None
+) -> dict[str, Estimate]:
+    """``kl`` (nats a token), ``ppl`` and ``top1`` of ``model`` as it is on ``tokens`` ``[n, L]``; see
+    ``sequence_scores`` and ``summarize``."""
+    return summarize(sequence_scores(model, tokens, teacher, vocabulary, keep))
 
-    ``kl`` is KL(uncompressed || current), averaged over all positions; ``top1`` the share of positions
-    where both have the same most likely token; ``ppl`` the exponential of the mean negative
-    log-likelihood of the next token. Standard errors are over sequences (tokens of one sequence are not
-    independent); that of ``ppl`` by the delta method. A single sequence has standard error 0.
+
+def sequence_scores(
+    model: Any, tokens: Tensor, teacher: Teacher, vocabulary: int, keep: Tensor | None = None
+) -> Tensor:
+    """What ``model`` as it is makes of each sequence of ``tokens`` ``[n, L]``: float64 ``[n, 3]``.
+
+    KL(uncompressed || current), the negative log-likelihood of the next token, and the share of positions
+    where both have the same most likely token: means over all positions, or over ``keep`` (int64 ``[K]``,
+    ascending), for which the teacher's outputs must have been recorded.
 
     Raises:
         FloatingPointError: the model gives NaN or infinity.
@@ -200,21 +219,35 @@ def compare(model: Any, tokens: Tensor, teacher: Teacher, vocabulary: int) -> di
     rows = []
     with torch.inference_mode():
         for start, batch in batches(tokens, vocabulary):
-            logits = forward(model, batch)
-            rows += [_sequence(logits[i], batch[i], teacher, start + i) for i in range(len(batch))]
-    kl, nll, top1 = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    likelihood = _estimate(nll)
+            logits = forward(model, batch, keep)
+            rows += [score_sequence(logits[i], batch[i], teacher, start + i, keep) for i in range(len(batch))]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def summarize(scores: Tensor) -> dict[str, Estimate]:
+    """``kl``, ``ppl`` and ``top1`` from ``sequence_scores`` ``[n, 3]``; ``ppl`` is the exponential of the
+    mean negative log-likelihood.
+
+    Standard errors are over sequences (tokens of one sequence are not independent); that of ``ppl`` by the
+    delta method. A single sequence has standard error 0.
+    """
+    kl, nll, top1 = scores.unbind(1)
+    likelihood = estimate(nll)
     perplexity = math.exp(min(likelihood.value, 700.0))  # beyond that float64 overflows
     return {
-        "kl": _estimate(kl),
+        "kl": estimate(kl),
         "ppl": Estimate(perplexity, perplexity * likelihood.stderr, likelihood.n),
-        "top1": _estimate(top1),
+        "top1": estimate(top1),
     }
 
 
-def _sequence(logits: Tensor, tokens: Tensor, teacher: Teacher, index: int) -> tuple[float, float, float]:
-    """Means over one sequence: KL, negative log-likelihood, agreement. ``logits``: ``[L, vocabulary]``."""
-    length = len(tokens)
+def score_sequence(
+    logits: Tensor, tokens: Tensor, teacher: Teacher, index: int, keep: Tensor | None = None
+) -> tuple[float, float, float]:
+    """One row of ``sequence_scores`` from ``logits`` ``[L or K, vocabulary]`` of ``tokens`` ``[L]``, which is
+    sequence ``index`` of the teacher. Raises ``FloatingPointError``."""
+    positions = torch.arange(len(tokens), device=tokens.device) if keep is None else keep
+    following = tokens[positions[positions < len(tokens) - 1] + 1]
     kl = torch.zeros((), dtype=torch.float64, device=logits.device)
     nll, same = kl.clone(), kl.clone()
     start = 0
@@ -223,21 +256,25 @@ def _sequence(logits: Tensor, tokens: Tensor, teacher: Teacher, index: int) -> t
         ours, theirs = F.log_softmax(chunk.float(), -1), teacher.log_probs(index, slice(start, stop))
         kl += _divergence(theirs, ours)
         same += (ours.argmax(-1) == theirs.argmax(-1)).sum()
-        targets = tokens[start + 1 : stop + 1]
+        targets = following[start:stop]
         nll -= ours[: len(targets)].gather(-1, targets[:, None]).sum(dtype=torch.float64)
         start = stop
-    values = (float(kl) / length, float(nll) / max(1, length - 1), float(same) / length)
+    n = len(positions)
+    values = (float(kl) / n, float(nll) / max(1, len(following)), float(same) / n)
     if not all(map(math.isfinite, values)):
         bad = int((~torch.isfinite(logits)).any(-1).sum())
         raise FloatingPointError(
-            f"the logits of sequence {index} hold NaN or infinity at {bad} of {length} positions "
+            f"the logits of sequence {index} hold NaN or infinity at {bad} of {n} positions "
             f"(kl {values[0]}, negative log-likelihood {values[1]})"
         )
     return values
 
 
-def summed_divergence(logits: Tensor, teacher: Teacher, index: int) -> Tensor:
-    """Sum over tokens of KL(uncompressed || ``logits [L, vocabulary]``) for one sequence, differentiable."""
+def summed_divergence(logits: Tensor, teacher: Teacher, index: int, mask: Tensor | None = None) -> Tensor:
+    """Sum over tokens of KL(uncompressed || ``logits [L, vocabulary]``) for one sequence, differentiable.
+
+    ``mask`` (bool ``[L]``): the tokens that count.
+    """
     total = logits.new_zeros((), dtype=torch.float32)
     start = 0
     for chunk in _chunks(logits):
@@ -245,6 +282,8 @@ def summed_divergence(logits: Tensor, teacher: Teacher, index: int) -> Tensor:
         # A clone: what was recorded in inference mode can't be saved for a backward pass.
         theirs = teacher.log_probs(index, slice(start, stop)).clone()
         ours = F.log_softmax(chunk.float(), -1)
+        if mask is not None:
+            theirs, ours = theirs[mask[start:stop]], ours[mask[start:stop]]
         total = total + F.kl_div(ours, theirs, reduction="sum", log_target=True)
         start = stop
     return total
@@ -260,7 +299,8 @@ def _divergence(theirs: Tensor, ours: Tensor) -> Tensor:
     return terms.clamp_min(0.0).sum(dtype=torch.float64)
 
 
-def _estimate(values: Tensor) -> Estimate:
+def estimate(values: Tensor) -> Estimate:
+    """Mean of ``values [n]`` and its standard error (0 for a single one)."""
     n = len(values)
     stderr = float(values.std(correction=1)) / math.sqrt(n) if n > 1 else 0.0
     return Estimate(float(values.mean()), stderr, n)

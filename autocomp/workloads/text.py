@@ -132,22 +132,54 @@ def split_sequences(
         JobError: the text is too short; says how many tokens there are and how many are needed.
     """
     body = sequence_length - len(prefix)
-    needs = [counts[s] * body for s in SPLITS]
-    total = sum(map(len, documents))
-    if total < sum(needs):
-        sizes = ", ".join(f"{s} {counts[s]}" for s in SPLITS)
+    sizes = ", ".join(f"{s} {counts[s]}" for s in SPLITS)
+    regions = split_regions(
+        documents,
+        {s: counts[s] * body for s in SPLITS},
+        f"{sizes} sequences of {body} tokens",
+        "data.sequence_length or the number of sequences",
+    )
+    return {
+        name: pick_sequences(region, counts[name], sequence_length, [seed, name], prefix)
+        for name, region in regions.items()
+    }
+
+
+def split_regions(
+    documents: Sequence[np.ndarray], needs: Mapping[str, int], asked: str, remedy: str
+) -> dict[str, np.ndarray]:
+    """The tokens that each split owns: split -> int64 ``[>= needs[split]]``; see ``cut_regions``.
+
+    Args:
+        documents: token ids, one array a document.
+        needs: split -> least tokens, in the order of the regions.
+        asked: what ``needs`` stands for, in words.
+        remedy: what could be lowered, in words.
+
+    Raises:
+        JobError: the text is too short; says how many tokens there are and how many are needed.
+    """
+    total, least = sum(map(len, documents)), sum(needs.values())
+    if total < least:
         raise JobError(
-            f"the text has {total} tokens, but {sum(needs)} are needed ({sizes} sequences of {body} tokens): "
-            "add files to data.text, or lower data.sequence_length or the number of sequences"
+            f"the text has {total} tokens, but {least} are needed ({asked}): "
+            f"add files to data.text, or lower {remedy}"
         )
     stream = np.concatenate([*documents, np.empty(0, np.int64)])
-    splits = {}
-    for name, (start, stop) in zip(SPLITS, cut_regions([len(d) for d in documents], needs)):
-        available = (stop - start) // body
-        chunks = stream[start : start + available * body].reshape(available, body)
-        # Hashed: neighbouring seeds and splits get unrelated permutations, alike on every platform.
-        rng = np.random.default_rng(int(content_hash([seed, name]), 16))
-        chosen = chunks[rng.permutation(available)[: counts[name]]]
-        head = np.broadcast_to(np.asarray(prefix, np.int64), (len(chosen), len(prefix)))
-        splits[name] = np.concatenate([head, chosen], axis=1)
-    return splits
+    cuts = cut_regions([len(d) for d in documents], list(needs.values()))
+    return {name: stream[start:stop] for name, (start, stop) in zip(needs, cuts)}
+
+
+def pick_sequences(
+    region: np.ndarray, count: int, sequence_length: int, seed: Sequence[object], prefix: Sequence[int] = ()
+) -> np.ndarray:
+    """``count`` of the non-overlapping sequences of ``region`` in seeded random order: int64
+    ``[count, sequence_length]``, each beginning with ``prefix``. The region must hold so many."""
+    body = sequence_length - len(prefix)
+    available = len(region) // body
+    chunks = region[: available * body].reshape(available, body)
+    # Hashed: neighbouring seeds and splits get unrelated permutations, alike on every platform.
+    rng = np.random.default_rng(int(content_hash(list(seed)), 16))
+    chosen = chunks[rng.permutation(available)[:count]]
+    head = np.broadcast_to(np.asarray(prefix, np.int64), (len(chosen), len(prefix)))
+    return np.concatenate([head, chosen], axis=1)

@@ -14,6 +14,7 @@ from cases_other import implementation, random
 from compare import Call, Case, Variant
 
 from autocomp.kernels import attention_reference as reference
+from autocomp.kernels.attention_diffusion_reference import block_mask, window_mask
 from autocomp.kernels.library import OPERATORS
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -79,7 +80,8 @@ def kv(quick: bool) -> Iterator[Case]:
 
 
 def spans_decode(quick: bool) -> Iterator[Case]:
-    """One new token after 4096 when heads keep an eighth of the tokens: all the same, or each its own."""
+    """One new token after 4096 when heads keep an eighth of the tokens: all the same, or each its own; in
+    bfloat16, or with keys of 8 and values of 4 bits."""
     del quick
     tokens, sink = 4096, 32
     q, pairs = random(1, HEADS, 1, DIM), _caches(tokens)
@@ -97,9 +99,16 @@ def spans_decode(quick: bool) -> Iterator[Case]:
             variants["bf16 bmm, cut cache"] = _dense_decode(q, short)["bf16 bmm"]
         rings = [tuple(random(1, slots, DIM, seed=s) for s in (1, 2)) for _ in range(copies(4 * slots * DIM))]
         spans = (torch.tensor(window, dtype=torch.int32), torch.full((KV_HEADS,), sink, dtype=torch.int32))
-        turns = [(q, k, v, start, *spans, tokens, DIM**-0.5) for k, v in rings]
-        flops = 4.0 * slots * DIM * HEADS / KV_HEADS
-        variants |= ours("decode_attention_spans", turns, bytes=4.0 * slots * DIM, flops=flops)
+        flops, length = 4.0 * slots * DIM * HEADS / KV_HEADS, torch.tensor([tokens], dtype=torch.int32)
+        for bits in ((16, 16), (8, 4)):
+            turns = []
+            for pair in rings:
+                k, v = (reference.cache_entries(t, n, t.dtype) for t, n in zip(pair, bits))
+                turns.append((q, k[0], v[0], *k[1:], *v[1:], start, *spans, length, *bits, DIM**-0.5))
+            moved = sum(t.nbytes for t in turns[0][1:7] if t is not None)
+            found = ours("decode_attention_cache", turns, bytes=float(moved), flops=flops)
+            label = "ours" if bits == (16, 16) else "ours k8 v4"
+            variants |= {named.replace("ours", label): v for named, v in found.items()}
         yield Case(f"S={tokens}, {slots / KV_HEADS / tokens:.3f} kept, {name}", variants)
 
 
@@ -185,7 +194,7 @@ def window_residual(quick: bool) -> Iterator[Case]:
         inputs = _whole(tokens, heads, dim)
         residual = random(1, heads, tokens, dim, seed=4)
         half = torch.full((heads,), tokens // 16, dtype=torch.int32)
-        mask = reference.window_mask(half[:1], prefix, tokens)
+        mask = window_mask(half[:1], prefix, tokens)
         density = float(mask.float().mean())
         add = [2] * heads
         mixed = [(2, 2, 2, 3)[h % 4] for h in range(heads)]
@@ -224,7 +233,7 @@ def block_sparse(quick: bool) -> Iterator[Case]:
     order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)]).int()
     for density in (0.25,) if quick else (0.5, 0.25, 0.12):
         row_ptr, col = _pattern(heads, tokens // block, density, generator)
-        mask = reference.block_mask(row_ptr, col, block, tokens)
+        mask = block_mask(row_ptr, col, block, tokens)
         real = col.numel() * block**2 / (heads * tokens**2)
         cost = _cost(heads, tokens, dim, real)
         found: dict[str, Variant] = {}

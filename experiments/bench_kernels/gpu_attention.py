@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from gpu_case import Call, Case, copies_for
 
+from autocomp.kernels import attention_probe
 from autocomp.kernels import attention_reference as reference
+from autocomp.kernels.attention import OPERATORS
+from autocomp.kernels.attention_diffusion_reference import window_mask
 from autocomp.kernels.triton.attention_cases import SMALL, Arguments, Cases
 from autocomp.kernels.triton.attention_ops import IMPLEMENTATIONS
 
@@ -37,14 +40,17 @@ def parity() -> Iterator[Parity]:
     """Name, call, exact result and bound of every operator in three dtypes; one entry for each result."""
     for dtype, bound in BOUND.items():
         for name, arguments in _odd_cases(Cases("cuda", dtype)):
-            for part in range(_results(name)):
+            for part in _results(name, arguments):
                 call = functools.partial(_result, functools.partial(run, name), arguments, part)
-                exact = functools.partial(_result, getattr(reference, name), arguments, part)
+                exact = functools.partial(_result, OPERATORS[name].reference, arguments, part)
                 yield f"{name} {_shape(arguments)} result {part} {dtype}", call, exact, bound
 
 
-def _results(name: str) -> int:
-    return {"kv_quantize": 3, "attention_window_residual": 2, "spans_append": 2}.get(name, 1)
+def _results(name: str, arguments: Arguments) -> list[int]:
+    """Numbers of an operator's results, or of the arguments that it changes."""
+    if name in attention_probe.CHANGES:
+        return [i for i in range(attention_probe.CHANGES[name]) if arguments[i] is not None]
+    return list(range({"kv_quantize": 3, "attention_window_residual": 2}.get(name, 1)))
 
 
 def _result(function: Callable[..., Any], arguments: Arguments, part: int) -> torch.Tensor:
@@ -61,14 +67,20 @@ def _shape(arguments: Arguments) -> str:
 
 
 def _odd_cases(cases: Cases) -> Iterator[tuple[str, Arguments]]:
-    for name, build in SMALL.items():
-        yield name, build(cases)
+    for name, builds in SMALL.items():
+        for build in builds:
+            yield name, build(cases)
     for dim in (33, 80, 128) if cases.dtype == BF16 else (80,):  # each means a dozen compilations
         lengths = [0, 1, 777, 3001]
         for bits in ((8, 8), (4, 8)) if dim % 2 == 0 else ((8, 8),):
             yield "decode_attention_kv", cases.decode_attention_kv((4, 12, 3, 3001, dim), bits, lengths)
-        rings = cases.decode_attention_spans((2, 12, 3, dim), [50, 3000, 700], [4, 0], 2900)
-        yield "decode_attention_spans", rings
+        for bits in ((16, 16), (8, 16)) if dim % 2 else ((16, 16), (8, 4), (4, 16)):
+            sizes, spans = (3, 12, 3, dim), ([50, 3000, 700], [4, 0])
+            yield (
+                "decode_attention_cache",
+                cases.decode_attention_cache(sizes, bits, *spans, [2900, 0, 300]),
+            )
+            yield "cache_append", cases.cache_append((3, 3, dim), bits, *spans, [2900, 0, 300])
         yield "attention_spans", cases.attention_spans((1, 6, 3, 1111, dim), [1, 77, 512, 2000], [0, 4, 100])
         sizes, halves = (1, 4, 4, 1111, dim), [9, 128, 300, 0]
         yield "attention_window_residual", cases.attention_window_residual(sizes, halves, [0, 1, 2, 3], 77)
@@ -89,7 +101,8 @@ def cases() -> Iterator[Case]:
         for bits in (8, 4):
             yield _decode_case(batch, tokens, bits)
     for tokens, density in ((4096, 8), (16384, 8), (16384, 2)):
-        yield _rings_case(tokens, density)
+        for bits in ((16, 16), (8, 8), (8, 4)):
+            yield _rings_case(tokens, density, bits)
     for tokens in (4096, 16384):
         yield _spans_case(tokens)
     for name, half_window, mode in (
@@ -129,25 +142,23 @@ def _decode_case(batch: int, tokens: int, bits: int) -> Case:
     )  # fmt: skip
 
 
-def _rings_case(tokens: int, density: int) -> Case:
+def _rings_case(tokens: int, density: int, bits: tuple[int, int]) -> Case:
     """Spans of a quarter, one and 2.75 times the mean: 1/``density`` of the tokens."""
     heads, kv_heads, dim = LLAMA
     mean = tokens // density
     window = [mean // 4 - 64, mean - 64, min(tokens, 11 * mean // 4) - 64, mean // 4 - 64]
     draw = Cases("cuda", BF16)
-    first = draw.decode_attention_spans((1, heads, kv_heads, dim), window, [64], tokens)
-    size = 2 * first[1].nbytes
+    whole = ((1, heads, kv_heads, dim), bits, window, [64], [tokens])
+    first = draw.decode_attention_cache(*whole)
+    size = sum(t.nbytes for t in first[1:7] if t is not None)
     copies = copies_for(size)
-    sets = [first] + [
-        draw.decode_attention_spans((1, heads, kv_heads, dim), window, [64], tokens)
-        for _ in range(copies - 1)
-    ]
+    sets = [first] + [draw.decode_attention_cache(*whole) for _ in range(copies - 1)]
     sizes = (1, heads, kv_heads, tokens, dim)
     dense = [(draw.normal(1, heads, 1, dim), *draw.qkv(*sizes)[1:]) for _ in range(copies)]
     slots = first[1].shape[1]
     return Case(
-        f"decode rings s{tokens} 1/{density}", _calls("decode_attention_spans", sets),
-        functools.partial(reference.decode_attention_spans, *first),
+        f"decode rings k{bits[0]} v{bits[1]} s{tokens} 1/{density}", _calls("decode_attention_cache", sets),
+        functools.partial(reference.decode_attention_cache, *first),
         size, 4.0 * heads // kv_heads * slots * dim, copies=copies,
         baselines={"sdpa dense": _sdpa(dense, enable_gqa=True)},
     )  # fmt: skip
@@ -190,7 +201,7 @@ def _window_case(name: str, half_window: list[int], mode: list[int]) -> Case:
 
 def _window_pairs(tokens: int, half_window: int, prefix: int) -> int:
     """Pairs of query and key that the window and the text's arrow leave."""
-    mask = reference.window_mask(torch.tensor([half_window], device="cuda"), prefix, tokens)
+    mask = window_mask(torch.tensor([half_window], device="cuda"), prefix, tokens)
     return int(mask.sum())
 
 

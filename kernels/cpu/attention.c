@@ -248,6 +248,55 @@ void ac_append(const ac_cache *c, const float *k, const float *v, int64_t positi
         ac_cache_append(c, k, v, position, pair / c->kv_heads, pair % c->kv_heads);
 }
 
+/* One token of all sequences and heads, number positions[b] (0-based) of its own sequence. */
+void ac_append_each(const ac_cache *c, const float *k, const float *v, const int32_t *positions) {
+    for (int64_t pair = 0; pair < c->batch * c->kv_heads; pair++)
+        ac_cache_append(c, k, v, positions[pair / c->kv_heads], pair / c->kv_heads, pair % c->kv_heads);
+}
+
+/* ---- the decode step: threads that are in a region already ---- */
+
+/* How many of one head's `tokens`, which begin at `start` of a `total` over all heads and sequences, come before
+ * the share of `thread`. */
+static int64_t edge(int64_t start, int64_t tokens, int64_t total, int thread, int threads) {
+    int64_t cut = total * thread / threads - start;
+    return least(most(ceil_to(cut, TOKENS / 4), 0), tokens);
+}
+
+void ac_attend_share(const ac_cache *c, const float *q, const float *k, const float *v, float *out, int64_t position,
+                     float scale, float softcap, int64_t window, int thread, int threads, float *space,
+                     float *states) {
+    int64_t heads = c->kv_heads, pairs = c->batch * heads, size = ac_attend_state(c), length = position + 1;
+    int64_t total = 0, start = 0;
+    for (int64_t head = 0; head < heads; head++)
+        total += c->batch * ac_attend_tokens(c, length, head, window);
+    for (int64_t pair = thread; pair < pairs; pair += threads)
+        ac_cache_append(c, k, v, position, pair / heads, pair % heads);
+    ac_barrier(threads);
+    /* Shares are in the order of heads, so no two (thread, head) that meet have the same sum. */
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        int64_t tokens = ac_attend_tokens(c, length, pair % heads, window);
+        int64_t first = edge(start, tokens, total, thread, threads), last = edge(start, tokens, total, thread + 1, threads);
+        if (first < tokens && last > 0)
+            ac_attend_part(c, q, states + (thread + pair) * size, length, pair / heads, pair % heads, first, last,
+                           scale, softcap, window, space);
+        start += tokens;
+    }
+    ac_barrier(threads);
+    start = 0;
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        int64_t tokens = ac_attend_tokens(c, length, pair % heads, window);
+        int from = 0, to = threads;
+        while (pair % threads == thread && from < to && edge(start, tokens, total, from + 1, threads) == 0)
+            from++;
+        while (pair % threads == thread && to > from && edge(start, tokens, total, to - 1, threads) == tokens)
+            to--;
+        if (pair % threads == thread)
+            ac_attend_merge(c, states + (from + pair) * size, to - from, out, pair / heads, pair % heads);
+        start += tokens;
+    }
+}
+
 typedef struct {
     const float *x;
     int64_t rows, dim, bits;

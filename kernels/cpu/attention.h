@@ -40,4 +40,12 @@ int64_t ac_attend_state(const ac_cache *c);
 void ac_attend_part(const ac_cache *c, const float *q, float *state, int64_t length, int64_t b, int64_t head,
                     int64_t first, int64_t last, float scale, float softcap, int64_t window, float *space);
 void ac_attend_merge(const ac_cache *c, const float *states, int64_t count, float *out, int64_t b, int64_t head);
+
+/* What each of a region's threads does to store token number `position` (k, v as above) of all sequences and to
+ * attend to it. The tokens of all heads, laid end to end, are cut evenly: heads of unlike spans, or fewer heads
+ * than threads, keep all threads busy. space: of this thread, ac_attend_space floats; states: of all threads,
+ * (threads + batch * kv_heads) * ac_attend_state. The result is complete at the next meeting of the threads. */
+void ac_attend_share(const ac_cache *c, const float *q, const float *k, const float *v, float *out, int64_t position,
+                     float scale, float softcap, int64_t window, int thread, int threads, float *space,
+                     float *states);
 #endif

@@ -169,6 +169,9 @@ static void prepare_integers(group *g, int64_t bits) {
         if (left >= 4 && limit >= 4) {                                                            \
             call(4);                                                                              \
             h += 4;                                                                               \
+        } else if (left == 3 && limit >= 4) {                                                     \
+            call(3);                                                                              \
+            h += 3;                                                                               \
         } else if (left >= 2) {                                                                   \
             call(2);                                                                              \
             h += 2;                                                                               \
@@ -186,8 +189,8 @@ static void scores(group *g, int64_t bits, const uint8_t *k, int64_t n) {
     else if (bits == AC_KV_BF16)
         BY_HEADS(BF16, 4)
 #if INTEGER_KEYS
-#define INT8(heads) integer_dots(AC_KV_INT8, heads == 4 ? 2 : heads, g, h, k, n)
-#define INT4(heads) integer_dots(AC_KV_INT4, heads == 4 ? 2 : heads, g, h, k, n)
+#define INT8(heads) integer_dots(AC_KV_INT8, heads > 2 ? 2 : heads, g, h, k, n)
+#define INT4(heads) integer_dots(AC_KV_INT4, heads > 2 ? 2 : heads, g, h, k, n)
     else if (bits == AC_KV_INT8)
         BY_HEADS(INT8, 2)
     else

@@ -243,22 +243,16 @@ static void linear_share(const ac_op *op, int thread, int threads) {
         ac_linear_rows(w, op->input, op->out, w->n, first, last);
 }
 
-/* Sequences and kv heads are shared out; a (sequence, head) stays with one thread from append to result. */
-static void attend_share(const ac_program *program, const ac_op *op, int thread, int threads) {
-    const ac_cache *c = op->object;
-    float *space = program->space + thread * program->space_size;
-    for (int64_t pair = thread; pair < c->batch * c->kv_heads; pair += threads) {
-        int64_t b = pair / c->kv_heads, head = pair % c->kv_heads;
-        ac_cache_append(c, op->b, op->c, program->position, b, head);
-        ac_attend(c, op->a, op->out, program->position + 1, b, head, (float)op->alpha, (float)op->beta, op->n[0], space);
-    }
+static void attend(const ac_program *program, const ac_op *op, int thread, int threads) {
+    ac_attend_share(op->object, op->a, op->b, op->c, op->out, program->position, (float)op->alpha, (float)op->beta,
+                    op->n[0], thread, threads, program->space + thread * program->space_size, program->states);
 }
 
 static void run_one(const ac_program *program, const ac_op *op, int thread, int threads) {
     if (op->kind == AC_LINEAR)
         linear_share(op, thread, threads);
     else if (op->kind == AC_ATTEND)
-        attend_share(program, op, thread, threads);
+        attend(program, op, thread, threads);
     else if (op->kind == AC_QUANTIZE) {
         ac_input *in = op->input;
         ac_input_quantize(in, op->a, 0, (in->k + AC_CHUNK - 1) / AC_CHUNK);

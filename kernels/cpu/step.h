@@ -41,6 +41,7 @@ typedef struct {
     int64_t position; /* of the tokens of this step; set by the caller */
     float *space;     /* for attention: `space_size` floats for each thread */
     int64_t space_size;
+    float *states;    /* the same, of all threads together (ac_attend_share) */
 } ac_program;
 
 /* Run all operations once on `threads` threads. */

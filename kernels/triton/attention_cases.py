@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autocomp.kernels.attention_reference import kv_quantize
+from autocomp.kernels.attention_reference import cache_entries, kv_quantize
 
 Arguments = tuple[Any, ...]
 
@@ -47,29 +47,48 @@ class Cases:
         cache = (*kv_quantize(k + 0.5, bits[0]), *kv_quantize(v - 0.25, bits[1]))
         return (q, *cache, self.integers(lengths, batch), *bits, dim**-0.5, softcap, window)
 
-    def decode_attention_spans(
-        self,
-        sizes: tuple[int, int, int, int],
-        window: Sequence[int],
-        sink: Sequence[int],
-        length: int,
-    ) -> Arguments:
-        """``sizes``: batch, heads, key heads, dim."""
-        batch, heads, kv_heads, dim = sizes
+    def rings(
+        self, sizes: tuple[int, int, int], bits: tuple[int, int], window: Sequence[int], sink: Sequence[int]
+    ) -> tuple[Arguments, Arguments, tuple[int, int]]:
+        """A full cache, where its heads lie, and its bits. ``sizes``: batch, key heads, dim; ``bits``: 16
+        stands for plain numbers of the dtype."""
+        batch, kv_heads, dim = sizes
         windows, sinks = self.integers(window, kv_heads), self.integers(sink, kv_heads)
         head_start = torch.zeros(kv_heads + 1, dtype=torch.int64, device=self.device)
         head_start[1:] = (windows + sinks).cumsum(0)
+        key_bits, value_bits = (n if n < 16 else 8 * self.dtype.itemsize for n in bits)
         k, v = (self.normal(batch, int(head_start[-1]), dim) for _ in range(2))
-        q = self.normal(batch, heads, 1, dim)
-        return (q, k, v, head_start, windows, sinks, length, dim**-0.5)
+        k, *k_factors = cache_entries(k + 0.5, key_bits, self.dtype)
+        v, *v_factors = cache_entries(v - 0.25, value_bits, self.dtype)
+        return (k, v, *k_factors, *v_factors), (head_start, windows, sinks), (key_bits, value_bits)
 
-    def spans_append(
-        self, sizes: tuple[int, int, int], window: Sequence[int], sink: Sequence[int], position: int
+    def decode_attention_cache(
+        self,
+        sizes: tuple[int, int, int, int],
+        bits: tuple[int, int],
+        window: Sequence[int],
+        sink: Sequence[int],
+        lengths: Sequence[int],
+        softcap: float = 0.0,
     ) -> Arguments:
-        """``sizes``: batch, key heads, dim."""
-        batch, heads, dim = sizes
-        _, k, v, *rings, _, _ = self.decode_attention_spans((batch, heads, heads, dim), window, sink, 1)
-        return (k, v, self.normal(batch, heads, dim), self.normal(batch, heads, dim), *rings, position)
+        """``sizes``: batch, heads, key heads, dim; see ``rings``."""
+        batch, heads, kv_heads, dim = sizes
+        cache, where, widths = self.rings((batch, kv_heads, dim), bits, window, sink)
+        q = self.normal(batch, heads, 1, dim)
+        return (q, *cache, *where, self.integers(lengths, batch), *widths, dim**-0.5, softcap)
+
+    def cache_append(
+        self,
+        sizes: tuple[int, int, int],
+        bits: tuple[int, int],
+        window: Sequence[int],
+        sink: Sequence[int],
+        positions: Sequence[int],
+    ) -> Arguments:
+        """``sizes``: batch, key heads, dim; see ``rings``."""
+        cache, where, widths = self.rings(sizes, bits, window, sink)
+        new = self.normal(*sizes), self.normal(*sizes)
+        return (*cache, *new, *where, self.integers(positions, sizes[0]), *widths)
 
     def attention_spans(
         self, sizes: tuple[int, int, int, int, int], window: Sequence[int], sink: Sequence[int]
@@ -112,15 +131,21 @@ class Cases:
         return (*self.qkv(*sizes), torch.cat([first, ends], dim=1), col, block, order, None)
 
 
-SMALL: dict[str, Callable[[Cases], Arguments]] = {
-    "kv_quantize": lambda c: (c.normal(2, 2, 33, 64), 4),
-    "decode_attention_kv": lambda c: c.decode_attention_kv((2, 8, 2, 600, 64), (4, 8), [77, 600], 20.0),
-    "attention_spans": lambda c: c.attention_spans((1, 4, 2, 300, 64), [300, 16, 100, 1], [0, 4]),
-    "decode_attention_spans": lambda c: c.decode_attention_spans((2, 8, 4, 64), [40, 700], [4, 0, 9], 800),
-    "spans_append": lambda c: c.spans_append((2, 3, 64), [7, 30, 0], [2, 40], 45),
-    "attention_window_residual": lambda c: c.attention_window_residual(
-        (1, 4, 4, 200, 64), [10, 50, 20, 0], [0, 1, 2, 3], prefix=17
+SMALL: dict[str, tuple[Callable[[Cases], Arguments], ...]] = {
+    "kv_quantize": (lambda c: (c.normal(2, 2, 33, 64), 4),),
+    "decode_attention_kv": (lambda c: c.decode_attention_kv((2, 8, 2, 600, 64), (4, 8), [77, 600], 20.0),),
+    "attention_spans": (lambda c: c.attention_spans((1, 4, 2, 300, 64), [300, 16, 100, 1], [0, 4]),),
+    "decode_attention_cache": (
+        lambda c: c.decode_attention_cache((2, 8, 4, 64), (16, 16), [40, 700], [4, 0, 9], [800, 33]),
+        lambda c: c.decode_attention_cache((2, 8, 4, 64), (8, 4), [40, 700], [4, 0, 9], [800, 33], 20.0),
     ),
-    "attention_block_sparse": lambda c: c.attention_block_sparse((1, 4, 4, 250, 64), 64, 0.4),
+    "cache_append": (
+        lambda c: c.cache_append((2, 3, 64), (16, 16), [7, 30, 0], [2, 40], [45, 3]),
+        lambda c: c.cache_append((2, 3, 64), (8, 4), [7, 30, 0], [2, 40], [45, 3]),
+    ),
+    "attention_window_residual": (
+        lambda c: c.attention_window_residual((1, 4, 4, 200, 64), [10, 50, 20, 0], [0, 1, 2, 3], prefix=17),
+    ),
+    "attention_block_sparse": (lambda c: c.attention_block_sparse((1, 4, 4, 250, 64), 64, 0.4),),
 }
-"""A small case of each operator."""
+"""Small cases of each operator."""

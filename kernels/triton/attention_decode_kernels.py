@@ -1,4 +1,4 @@
-"""One new token per sequence over a long cache: quantized (any codes of ``kv_quantize``) or ragged rings.
+"""One new token per sequence over a long cache, plain or as codes of ``kv_quantize``, even or ragged rings.
 
 Split over the keys ("flash-decoding"): each program takes a piece of the keys and, as the rows of one tile,
 all query heads that share them, so that the cache is read once. A second kernel merges the pieces by their
@@ -24,7 +24,7 @@ BFLOAT_128 = tl.constexpr(0x4300)
 
 @triton.jit
 def _ring_sizes(head_start, window, sink, length, HKV: tl.constexpr, HKVP: tl.constexpr):
-    """Slots in use of every ring, never more than it has: ``[HKVP]``, zeros past the last head."""
+    """Slots in use of a sequence's rings, never more than there are: ``[HKVP]``, zeros past the last head."""
     head = tl.arange(0, HKVP)
     room = tl.load(head_start + head + 1, mask=head < HKV, other=0)
     room -= tl.load(head_start + head, mask=head < HKV, other=0)
@@ -36,6 +36,13 @@ def _ring_sizes(head_start, window, sink, length, HKV: tl.constexpr, HKVP: tl.co
 @triton.jit
 def _pick(vector, index, SIZE: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, SIZE) == index, vector, 0), 0)
+
+
+@triton.jit
+def _ring_split(size, pieces, HKV: tl.constexpr, BN: tl.constexpr):
+    """Keys of a piece, such that ``pieces`` hold all in use and a remainder a head; four tiles at least."""
+    keys = tl.cdiv(tl.sum(size, 0), tl.maximum(pieces - HKV, 1))
+    return tl.maximum(tl.cdiv(keys, BN), 4) * BN
 
 
 @triton.jit
@@ -182,25 +189,32 @@ def decode_kernel(
 
     ``out`` ``[batch, pieces, GROUP, D]`` and ``lse`` ``[batch, pieces, GROUP]`` (log2). WHOLE: every head is
     one piece, ``out`` is the result and is written for empty heads too.
-    Quantized: ``lengths [batch]``, ``bound`` is the capacity, ``split`` the pieces of each head, ``window``
-    an integer; no ``sink``, no ``head_start``.
-    Rings: ``bound`` is the tokens so far, ``split`` the keys of a piece, so that wide heads get more of them;
-    no ``lengths``.
+    ``lengths [batch]``, the tokens so far. KEY_BITS and VALUE_BITS: 16 for plain ones of any type.
+    Even: ``bound`` is the capacity, ``split`` the pieces of each head, ``window`` an integer; no ``sink``, no
+    ``head_start``.
+    Rings: all pieces have the same number of keys, so that wide heads get more of them; ``bound`` and
+    ``split`` are not used.
     """
     piece = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if RINGS:
-        size = _ring_sizes(head_start, window, sink, bound, HKV, HKVP)
-        head, begin, end = _ring_piece(size, piece, split, HKVP, WHOLE)
+        size = _ring_sizes(head_start, window, sink, tl.load(lengths + batch), HKV, HKVP)
+        head, begin, end = _ring_piece(
+            size, piece, _ring_split(size, tl.num_programs(0), HKV, BN), HKVP, WHOLE
+        )
         first = tl.load(head_start + tl.minimum(head, HKV - 1))
         k_base, v_base = k + batch * kb + first * ks, v + batch * vb + first * vs
+        at = batch * sb + first
     else:
         head = piece // split
         begin, end = _even_piece(lengths, batch, piece % split, split, window, bound, BN)
         wide = head.to(tl.int64)
         k_base, v_base = k + batch * kb + wide * kh, v + batch * vb + wide * vh
         at = batch * sb + wide * sh
-        k_scale, k_min, v_scale, v_min = k_scale + at, k_min + at, v_scale + at, v_min + at
+    if KEY_BITS != 16:
+        k_scale, k_min = k_scale + at, k_min + at
+    if VALUE_BITS != 16:
+        v_scale, v_min = v_scale + at, v_min + at
     row = tl.arange(0, BM)
     queries = q + batch * qb + head.to(tl.int64) * GROUP * qh + row[:, None] * qh
     known = (row < tl.where(head < HKV, GROUP, 0))[:, None]
@@ -250,7 +264,8 @@ def merge_kernel(
     kv_head = tl.program_id(0) // GROUP
     batch = tl.program_id(1).to(tl.int64)
     if RINGS:
-        counts = tl.cdiv(_ring_sizes(head_start, window, sink, bound, HKV, HKVP), split)
+        size = _ring_sizes(head_start, window, sink, tl.load(lengths + batch), HKV, HKVP)
+        counts = tl.cdiv(size, _ring_split(size, pieces, HKV, BN))
         count = _pick(counts, kv_head, HKVP)
         first = _pick(tl.cumsum(counts, 0), kv_head, HKVP) - count
     else:

@@ -107,7 +107,7 @@ class DecodePlan:
     Attributes:
         tiles: of the kernel.
         pieces: of all key heads of a sequence; as many as key heads when none is split.
-        split: what the kernel calls so: pieces of a head, or keys of a piece (rings).
+        split: pieces of a head; 0 for rings, whose heads have pieces by their length.
     """
 
     tiles: Tiles
@@ -124,16 +124,14 @@ def decode_plan(q: torch.Tensor, kv_heads: int, capacity: int, bits: int) -> Dec
     return DecodePlan(tiles, split * kv_heads, split)
 
 
-def ring_plan(q: torch.Tensor, kv_heads: int, slots: int, length: int) -> DecodePlan:
-    """Pieces of equal length over rings of unequal length, which only the device knows: as many as there can
-    be in ``slots`` slots and ``kv_heads`` remainders. Surplus ones end at once."""
-    tiles = decode_tiles(q, kv_heads, 16)
-    used = min(slots, kv_heads * length)
-    keys = -(-used * q.shape[0] // (2 * architecture(q)[1]))
-    split = tiles.keys * max(4, -(-keys // tiles.keys))
-    if split >= min(slots, length):
-        return DecodePlan(tiles, kv_heads, split)
-    return DecodePlan(tiles, kv_heads + used // split, split)
+def ring_plan(q: torch.Tensor, kv_heads: int, slots: int, bits: int) -> DecodePlan:
+    """Pieces over rings of unequal length, which only the device knows: enough to fill it twice, beside one
+    for each head's remainder. They share the slots in use, at least four tiles each; surplus ones end at
+    once."""
+    tiles = decode_tiles(q, kv_heads, bits)
+    wanted = -(-2 * architecture(q)[1] // q.shape[0])
+    more = min(wanted, slots // (4 * tiles.keys))
+    return DecodePlan(tiles, kv_heads + more if more > 1 else kv_heads, 0)
 
 
 def decode_tiles(q: torch.Tensor, kv_heads: int, bits: int) -> Tiles:

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from autocomp.kernels import attention_reference as reference
+from autocomp.kernels.attention_probe import error
 from autocomp.kernels.library import Implementation
 from autocomp.kernels.triton.attention_cases import SMALL, Cases
 from autocomp.kernels.triton.attention_launch import WIDEST_FLOAT32_HEAD, WIDEST_HEAD
 
 MODULES = {
     "kv_quantize": "attention_cache",
-    "spans_append": "attention_cache",
+    "cache_append": "attention_cache",
     "decode_attention_kv": "attention_decode",
-    "decode_attention_spans": "attention_decode",
+    "decode_attention_cache": "attention_decode",
     "attention_spans": "attention_spans",
     "attention_window_residual": "attention_window",
     "attention_block_sparse": "attention_block_sparse",
@@ -75,17 +75,25 @@ def _decode_kv(q: torch.Tensor, k_codes: torch.Tensor, *args: Any, **kwargs: Any
     return _limits(q) or _group_limit(q.shape[1], k_codes.shape[1])
 
 
-def _decode_spans(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_start: torch.Tensor, *args: Any, **kwargs: Any
-) -> str:
-    return _limits(q, k, v) or _group_limit(q.shape[1], head_start.shape[0] - 1)
+def _decode_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None,
+    k_min: torch.Tensor | None, v_scale: torch.Tensor | None, v_min: torch.Tensor | None,
+    head_start: torch.Tensor, *args: Any, **kwargs: Any,
+) -> str:  # fmt: skip
+    plain = [t for t in (k, v) if t.dtype != torch.uint8]
+    return _limits(q, *plain) or _group_limit(q.shape[1], head_start.shape[0] - 1)
 
 
 def _append(
-    k: torch.Tensor, v: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, *args: Any, **kwargs: Any
-) -> str:
-    del args, kwargs
-    return _limits(k) or _limits(v) or _limits(new_k) or _limits(new_v)
+    k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None, k_min: torch.Tensor | None,
+    v_scale: torch.Tensor | None, v_min: torch.Tensor | None, new_k: torch.Tensor, new_v: torch.Tensor,
+    *args: Any, **kwargs: Any,
+) -> str:  # fmt: skip
+    for scale, minimum in ((k_scale, k_min), (v_scale, v_min)):
+        if scale is not None and minimum is not None and scale.stride() != minimum.stride():
+            return f"a scale must have the strides of its minimum; got {scale.stride()}, {minimum.stride()}"
+    reasons = (_limits(t) for t in (k, v, new_k, new_v) if t.dtype != torch.uint8)
+    return next(filter(None, reasons), "")
 
 
 def _prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> str:
@@ -103,9 +111,9 @@ def _block_sparse(
 
 SUPPORTS: dict[str, Callable[..., str]] = {
     "kv_quantize": lambda x, bits: _limits(x),
-    "spans_append": _append,
+    "cache_append": _append,
     "decode_attention_kv": _decode_kv,
-    "decode_attention_spans": _decode_spans,
+    "decode_attention_cache": _decode_cache,
     "attention_spans": _prefill,
     "attention_window_residual": _prefill,
     "attention_block_sparse": _block_sparse,
@@ -117,26 +125,11 @@ def _run(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return kernel(name)(x, *args, **kwargs)
 
 
-def compare(name: str, arguments: tuple[Any, ...], run: Callable[..., Any]) -> float:
-    """Largest relative error (Frobenius) of ``run`` over the operator's results, against its reference; NaN
-    if a result holds one. Arguments that the operator changes are copied first and count as results."""
-    changes = name == "spans_append"
-    mine, theirs = (_copied(arguments) if changes else arguments for _ in range(2))
-    found, wanted = run(*mine), getattr(reference, name)(*theirs)
-    if changes:
-        found, wanted = mine[:2], theirs[:2]
-    pairs = zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, wanted)))
-    errors = [(f.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30) for f, w in pairs]
-    return float(torch.stack(errors).max())
-
-
-def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
-
-
 def _check(name: str) -> str:
-    error = compare(name, SMALL[name](Cases("cuda", torch.bfloat16)), functools.partial(_run, name))
-    return "" if error <= CHECK_ERROR else f"relative error {error:.2g} on a small case; update Triton"
+    run, cases = functools.partial(_run, name), Cases("cuda", torch.bfloat16)
+    errors = torch.tensor([error(name, run, build(cases)) for build in SMALL[name]])
+    worst = float(errors.max())  # NaN if there is one
+    return "" if worst <= CHECK_ERROR else f"relative error {worst:.2g} on a small case; update Triton"
 
 
 IMPLEMENTATIONS = {

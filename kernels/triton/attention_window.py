@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from autocomp.kernels.attention_checks import check_prefill, check_window_residual
-from autocomp.kernels.attention_reference import FULL, FULL_SAVE, REUSE
+from autocomp.kernels.attention_diffusion_reference import FULL, FULL_SAVE, REUSE
 from autocomp.kernels.triton.attention_launch import (
     LOG2E,
     block_width,

@@ -34,8 +34,8 @@ def test_compressed_tensors(check: Check, tmp_path: Path) -> None:
 def test_an_exporter_that_changes_weights_is_found_out(tmp_path: Path) -> None:
     class Rounder(NativeExporter):
         def export(self, worker: Any, candidate: Any, folder: Path) -> None:
-            names = list(candidate.values)
-            super().export(worker, candidate.replace({names[0]: "w3g32"}), folder)
+            name = worker.decisions["bitwidths"][0].name
+            super().export(worker, candidate.replace({name: "w3g32"}), folder)
 
     with pytest.raises(AssertionError, match="loaded logits differ"):
         CHECKS["round trip"](Rounder, lambda folder: autocomp.load(folder, "cpu"), tmp_path)

@@ -17,10 +17,10 @@ from autocomp.kernels.attention import (
     attention_block_sparse,
     attention_spans,
     attention_window_residual,
+    cache_append,
+    decode_attention_cache,
     decode_attention_kv,
-    decode_attention_spans,
     kv_quantize,
-    spans_append,
 )
 from autocomp.kernels.library import Implementation
 from autocomp.testing.attention import check_operator, random_blocks
@@ -60,8 +60,8 @@ def test_a_wrong_implementation_is_found_out(name: str) -> None:
     operator = OPERATORS[name]
 
     def wrong(*args: Any) -> Any:
-        if name == "spans_append":
-            return operator.reference(*args[:-1], args[-1] + 1)
+        if name == "cache_append":
+            return operator.reference(*args[:11], args[11] + 1, *args[12:])
         result = operator.reference(*args)
         return (result[0], *(1.05 * r for r in result[1:])) if isinstance(result, tuple) else 1.05 * result
 
@@ -116,31 +116,93 @@ def test_spans_agree_with_a_loop_over_visible_keys(data: st.DataObject) -> None:
         torch.testing.assert_close(found[0, h, i], wanted, atol=1e-4, rtol=1e-4)
 
 
+def empty_rings(batch: int, dim: int, window: Tensor, sink: Tensor, bits: tuple[int, int]) -> list[Any]:
+    """``k, v, k_scale, k_min, v_scale, v_min, head_start, window, sink``; plain numbers are bfloat16."""
+    starts = torch.tensor([0, *(window + sink).cumsum(0).tolist()])
+    types = {16: torch.bfloat16, 32: torch.float32}
+    cache: list[Any] = []
+    factors: list[Any] = []
+    for n in bits:
+        width = dim if n >= 16 else dim * n // 8
+        cache.append(torch.zeros(batch, int(starts[-1]), width, dtype=types.get(n, torch.uint8)))
+        factors += [None if n >= 16 else torch.zeros(batch, int(starts[-1])) for _ in range(2)]
+    return [*cache, *factors, starts, window, sink]
+
+
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_rings_hold_what_the_span_needs(data: st.DataObject) -> None:
-    """Decoding token by token over rings gives the rows of attention with spans over all tokens."""
+    """Decoding over rings, two sequences of their own lengths, gives rows of attention with spans."""
     tokens, kv_heads, dim = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3)), 8
     groups = data.draw(st.sampled_from([1, 2, 5]))
     q, k, v = (heads(2, n, tokens, dim, n) for n in (kv_heads * groups, kv_heads, kv_heads))
     window, sink = (i32(*(data.draw(st.integers(0, 20)) for _ in range(kv_heads))) for _ in range(2))
-    starts = torch.tensor([0, *(window + sink).cumsum(0).tolist()])
-    rings = [torch.full((2, int(starts[-1]), dim), torch.nan) for _ in range(2)]
-    rows = []
-    for t in range(tokens):
-        spans_append(*rings, k[:, :, t], v[:, :, t], starts, window, sink, t)
-        rows.append(decode_attention_spans(q[:, :, t : t + 1], *rings, starts, window, sink, t + 1, 0.3))
+    lengths = [tokens, data.draw(st.integers(1, tokens))]
     every = [x.repeat_interleave(groups) for x in (window, sink)]
     wanted = reference.attention_spans(q.double(), k.double(), v.double(), *every, 0.3).float()
-    torch.testing.assert_close(torch.cat(rows, dim=2), wanted, atol=1e-4, rtol=1e-4)
+    cache = empty_rings(2, dim, window, sink, (32, 32))
+    for tensor in cache[:2]:
+        tensor.fill_(torch.nan)
+    for t in range(tokens):
+        now = [min(t, n - 1) for n in lengths]  # the second sequence stays where it ends
+        row = torch.arange(2), slice(None), torch.tensor(now)
+        cache_append(*cache[:6], k[row], v[row], *cache[6:], i32(*now), 32, 32)
+    ends = torch.tensor(lengths) - 1
+    last = q[torch.arange(2), :, ends].unsqueeze(2)
+    found = decode_attention_cache(last, *cache, i32(*lengths), 32, 32, 0.3)
+    torch.testing.assert_close(found.squeeze(2), wanted[torch.arange(2), :, ends], atol=1e-4, rtol=1e-4)
 
 
 def test_rings_are_as_small_as_the_spans() -> None:
-    window, sink = i32(448, 100), i32(64, 28)
-    starts = torch.tensor([0, 512, 640])
-    k, v = torch.zeros(1, 640, 64), torch.zeros(1, 640, 64)
     q = torch.ones(1, 4, 1, 64)
-    assert decode_attention_spans(q, k, v, starts, window, sink, 4096, 0.1).shape == q.shape
+    cache = empty_rings(1, 64, i32(448, 100), i32(64, 28), (32, 32))
+    assert cache[0].shape == (1, 512 + 128, 64)
+    for tensor in cache[:2]:
+        tensor.fill_(2.0)
+    assert torch.equal(decode_attention_cache(q, *cache, i32(4096), 32, 32, 0.1), 2 * q)
+
+
+def test_a_ring_with_room_for_all_tokens_is_a_dense_cache() -> None:
+    """A window that is never reached drops nothing, and its ring needs only room for the tokens that come."""
+    q, k, v = heads(1, 4, 1, 16), heads(1, 2, 30, 16, 1), heads(1, 2, 30, 16, 2)
+    starts, window, sink = torch.tensor([0, 30, 60]), i32(2**31 - 1, 2**31 - 1), i32(0, 4)
+    flat = [x.reshape(1, 60, 16) for x in (k, v)]
+    found = decode_attention_cache(
+        q, *flat, None, None, None, None, starts, window, sink, i32(30), 32, 32, 0.25
+    )
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(8, 8), (4, 4), (8, 4), (4, 16), (16, 8)])
+def test_a_prompt_is_written_at_once_or_token_by_token(key_bits: int, value_bits: int) -> None:
+    """Quantizing what a span keeps of a prompt and copying it into its slots is what appending leaves."""
+    k, v = (heads(2, 2, 50, 16, seed).bfloat16() for seed in (1, 2))
+    window, sink = i32(11, 40), i32(4, 0)
+    bits = (key_bits, value_bits)
+    wanted, found = (empty_rings(2, 16, window, sink, bits) for _ in range(2))
+    for t in range(50):
+        cache_append(*wanted[:6], k[:, :, t], v[:, :, t], *wanted[6:], i32(t, t), *bits)
+    sides = ((k, key_bits, (found[0], *found[2:4])), (v, value_bits, (found[1], *found[4:6])))
+    for h, (w, s, first) in enumerate(zip(window.tolist(), sink.tolist(), found[6].tolist())):
+        kept = torch.cat([torch.arange(s), torch.arange(max(s, 50 - w), 50)])
+        slots = first + torch.where(kept < s, kept, s + (kept - s) % w)
+        for x, n, targets in sides:
+            for target, entries in zip(targets, reference.cache_entries(x[:, h, kept], n, torch.bfloat16)):
+                if target is not None:
+                    target[:, slots] = entries
+    for mine, theirs in zip(found, wanted):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+
+
+def test_quantized_rings_give_what_a_quantized_cache_gives() -> None:
+    q, k, v = (heads(2, n, t, 64, n) for n, t in ((8, 1), (2, 200), (2, 200)))
+    starts, window, sink = torch.tensor([0, 200, 400]), i32(200, 200), i32(0, 0)
+    coded = *kv_quantize(k, 8), *kv_quantize(v, 4)
+    wanted = decode_attention_kv(q, *coded, i32(200, 150), 8, 4, 0.125, 20.0)
+    k_codes, k_scale, k_min, v_codes, v_scale, v_min = (t.flatten(1, 2) for t in coded)
+    cache = k_codes, v_codes, k_scale, k_min, v_scale, v_min, starts, window, sink
+    found = decode_attention_cache(q, *cache, i32(200, 150), 8, 4, 0.125, 20.0)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.02), (4, 0.25)])
@@ -226,6 +288,17 @@ def test_no_tokens_and_no_sequences_are_fine(name: str) -> None:
     assert (result[0] if isinstance(result, tuple) else result).shape == (0, 4, 70, 40)
 
 
+@pytest.mark.parametrize("forced", ["", "reference"])
+def test_rings_without_sequences_are_fine(forced: str) -> None:
+    *cache, starts, window, sink = empty_rings(0, 16, i32(4, 9), i32(2, 0), (8, 16))
+    new = torch.zeros(0, 2, 16)
+    with OPERATORS["cache_append"].forced(forced), OPERATORS["decode_attention_cache"].forced(forced):
+        cache_append(*cache, new, new, starts, window, sink, i32(), 8, 16)
+        q = torch.zeros(0, 4, 1, 16)
+        found = decode_attention_cache(q, *cache, starts, window, sink, i32(), 8, 16, 0.25)
+    assert found.shape == q.shape
+
+
 def bad_calls() -> list[tuple[str, int, Any, str]]:
     """Operator, position of the argument, a bad value, what the message must say."""
     return [
@@ -241,11 +314,24 @@ def bad_calls() -> list[tuple[str, int, Any, str]]:
         ("attention_spans", 3, i32(1, 2, 3), "window"),
         ("attention_spans", 3, i32(1, 2, -3, 4), "negative"),
         ("attention_spans", 4, torch.zeros(4), "int32"),
-        ("decode_attention_spans", 3, torch.tensor([0, 10, 70]), "give it 30"),
-        ("decode_attention_spans", 3, torch.tensor([0, 30, 71]), "70 slots"),
-        ("decode_attention_spans", 6, -1, "negative"),
-        ("spans_append", 7, -1, "negative"),
-        ("spans_append", 2, torch.zeros(1, 2, 41), "new_k"),
+        ("decode_attention_cache", 0, torch.zeros(2, 4, 2, 40), "q must be"),
+        ("decode_attention_cache", 0, torch.zeros(2, 3, 1, 40), "multiple"),
+        ("decode_attention_cache", 1, torch.zeros(2, 70, 40), "uint8"),
+        ("decode_attention_cache", 1, torch.zeros(2, 70, 20, dtype=torch.uint8), "at 8 bits"),
+        ("decode_attention_cache", 3, None, "kv_quantize gives them"),
+        ("decode_attention_cache", 5, torch.zeros(2, 69), "v_scale"),
+        ("decode_attention_cache", 7, torch.tensor([0, 10, 70]), "give it 30"),
+        ("decode_attention_cache", 7, torch.tensor([0, 30, 71]), "70 slots"),
+        ("decode_attention_cache", 8, i32(20, -1), "negative"),
+        ("decode_attention_cache", 10, i32(5, -1), "negative"),
+        ("decode_attention_cache", 10, i32(5), "lengths"),
+        ("decode_attention_cache", 11, 5, "bits must be"),
+        ("decode_attention_cache", 12, 16, "of 16 bits"),
+        ("cache_append", 6, torch.zeros(2, 2, 41), "like new_k"),
+        ("cache_append", 6, torch.zeros(2, 3, 40), "new_k"),
+        ("cache_append", 11, i32(3, -1), "negative"),
+        ("cache_append", 11, torch.tensor([3, 4]), "int32"),
+        ("cache_append", 8, torch.tensor([0, 10, 70]), "give it 30"),
         ("attention_window_residual", 6, i32(0, 1, 2, 4), "reuse"),
         ("attention_window_residual", 4, -1, "prefix"),
         ("attention_window_residual", 5, torch.zeros(1, 4, 70, 41), "residual"),

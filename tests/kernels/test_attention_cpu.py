@@ -15,6 +15,7 @@ import torch
 from autocomp.kernels import attention_probe, cpu_attention, cpu_attention_tiles, native
 from autocomp.kernels import attention_reference as reference
 from autocomp.kernels.attention import OPERATORS
+from autocomp.kernels.triton.attention_cases import Cases
 
 Tensor = torch.Tensor
 needs_compiler = pytest.mark.skipif(bool(native.unavailable("attention")), reason="no C compiler")
@@ -26,7 +27,7 @@ from autocomp.testing.attention import check_operator
 torch.set_num_threads(1)
 for operator in OPERATORS.values():
     check_operator(operator, sys.argv[1], dtypes=(torch.float32,))
-    if "spans" in operator.name:
+    if operator.name in ("attention_spans", "decode_attention_cache", "cache_append"):
         check_operator(operator, sys.argv[1], dtypes=(torch.bfloat16,))
     print(operator.name, operator.implementations[-1].unusable())
 """
@@ -97,7 +98,7 @@ def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n != "spans_append"])
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n != "cache_append"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_nothing_is_written_beside_results_and_work_space(
     name: str, threads: int, guarded_empty: list[Tensor]
@@ -132,6 +133,25 @@ def test_sequences_that_are_split_among_threads_merge_to_the_same() -> None:
             torch.set_num_threads(threads)
             found = cpu_attention.decode_attention_kv(*args)
             assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+    finally:
+        torch.set_num_threads(former)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [(16, 16), (8, 4)])
+def test_rings_that_are_split_among_threads_merge_to_the_same(bits: tuple[int, int]) -> None:
+    """Rings and sequences of very different lengths, so that a thread gets pieces of several."""
+    sizes, lengths = (3, 9, 3, 64), [5000, 0, 700]
+    args = Cases("cpu", torch.bfloat16).decode_attention_cache(sizes, bits, [3000, 100, 1], [0, 16], lengths)
+    args = (args[0].float() * 4, *args[1:])
+    wanted = reference.decode_attention_cache(args[0].double(), *args[1:])
+    former = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found = cpu_attention.decode_attention_cache(*args)
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+            assert not found[1].any()
     finally:
         torch.set_num_threads(former)
 

@@ -24,7 +24,8 @@ from autocomp.testing.triton_aot import ARCHITECTURES, Build, check_build, compi
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HIDDEN = (1, 32, 8, 256, 128)
 WIDE = (1, 8, 8, 256, 256)
-RINGS = ((1, 32, 8, 128), [64, 2000], [4], 1500)
+RINGS = ([64, 2000], [4], [1500])
+LLAMA = (1, 32, 8, 128)
 ALL_MODES = ([100], [0, 1, 2, 3], 77)
 
 
@@ -88,10 +89,11 @@ def test_decoding_runs_on_the_matrix_units(capability: int) -> None:
     calls = [
         ("decode_attention_kv", drawn("decode_attention_kv", BF16, (1, 32, 8, 2048, 128), (8, 8), [200])),
         ("decode_attention_kv", drawn("decode_attention_kv", BF16, HIDDEN, (4, 4), [200])),
-        ("decode_attention_spans", drawn("decode_attention_spans", BF16, *RINGS)),
+        ("decode_attention_cache", drawn("decode_attention_cache", BF16, LLAMA, (16, 16), *RINGS)),
+        ("decode_attention_cache", drawn("decode_attention_cache", BF16, LLAMA, (8, 4), *RINGS)),
     ]
     found = built(calls, capability)
-    assert sorted(b.name for b in found) == ["decode_kernel"] * 3 + ["merge_kernel"] * 2
+    assert sorted(b.name for b in found) == ["decode_kernel"] * 4 + ["merge_kernel"] * 3
     for build in found:
         check_build(build, mma="mma.sync" if build.name == "decode_kernel" else "none")
 
@@ -105,9 +107,11 @@ def test_other_widths_types_and_helpers() -> None:
         ("attention_block_sparse", drawn("attention_block_sparse", F16, HIDDEN, 128, 0.5, ordered=False)),
         ("decode_attention_kv", drawn("decode_attention_kv", F16, WIDE, (8, 4), [200], 30.0, 50)),
         ("decode_attention_kv", drawn("decode_attention_kv", F32, HIDDEN, (8, 8), [200])),
-        ("decode_attention_spans", drawn("decode_attention_spans", BF16, RINGS[0], [100], [4], 200)),
+        ("decode_attention_cache", drawn("decode_attention_cache", BF16, LLAMA, (16, 16), [100], [4], [200])),
+        ("decode_attention_cache", drawn("decode_attention_cache", F16, LLAMA, (4, 16), *RINGS, 30.0)),
         ("kv_quantize", (torch.zeros(1, 8, 64, 128, dtype=BF16), 4)),
-        ("spans_append", drawn("spans_append", BF16, (1, 8, 128), [7], [2], 20)),
+        ("cache_append", drawn("cache_append", BF16, (1, 8, 128), (16, 16), [7], [2], [20])),
+        ("cache_append", drawn("cache_append", BF16, (1, 8, 128), (8, 4), [7], [2], [20])),
     ]
     for build in built(calls, 90):
         check_build(build)
@@ -149,18 +153,29 @@ def test_without_a_gpu_the_reason_is_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_types(name: str) -> None:
-    assert all(SUPPORTS[name](*SMALL[name](Cases("cpu", dtype))) == "" for dtype in (BF16, F16, F32))
-    assert "float64" in SUPPORTS[name](*SMALL[name](Cases("cpu", torch.float64)))
+    for build in SMALL[name]:
+        assert all(SUPPORTS[name](*build(Cases("cpu", dtype))) == "" for dtype in (BF16, F16, F32))
+    assert "float64" in SUPPORTS[name](*SMALL[name][0](Cases("cpu", torch.float64)))
 
 
 def test_what_is_not_supported_says_why() -> None:
-    spans, sparse, kv = (
-        SUPPORTS[n] for n in ("attention_spans", "attention_block_sparse", "decode_attention_kv")
-    )
+    spans, sparse, kv, decode, append = (
+        SUPPORTS[n]
+        for n in (
+            "attention_spans", "attention_block_sparse", "decode_attention_kv", "decode_attention_cache",
+            "cache_append",
+        )
+    )  # fmt: skip
     assert "264" in spans(*drawn("attention_spans", F16, (1, 2, 2, 16, 264), [1], [0]))
     assert "136" in spans(*drawn("attention_spans", F32, (1, 2, 2, 16, 136), [1], [0]))
     assert "48" in sparse(*drawn("attention_block_sparse", F16, (1, 1, 1, 96, 16), 48, 1.0))
     assert "65 and 1" in kv(*drawn("decode_attention_kv", F16, (1, 65, 1, 9, 16), (8, 8), [9]))
+    rings = drawn("decode_attention_cache", F16, (1, 65, 1, 16), (8, 16), [9], [1], [9])
+    assert "65 and 1" in decode(*rings)
+    assert "share one" in decode(rings[0].bfloat16(), *rings[1:])
+    k, v, scale, minimum, *rest = drawn("cache_append", F16, (1, 2, 16), (8, 16), [9], [1], [9])
+    apart = torch.zeros(1, 2 * minimum.shape[1])[:, ::2]
+    assert "strides of its minimum" in append(k, v, scale, apart, *rest)
 
 
 @pytest.mark.gpu

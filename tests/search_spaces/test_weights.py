@@ -83,7 +83,7 @@ def test_any_sequence_of_states_leads_back_to_the_original_bits(built: Built, da
     swap.restore()
     assert not changed(built, before)
     assert dict(built.model.named_modules()) == modules, "not the original modules"
-    assert built.state["pristine"] is True and swap.labels == {}
+    assert built.pristine and swap.labels == {}
 
 
 @pytest.mark.parametrize("built", ["llama", "gpt2"], indirect=True)
@@ -178,11 +178,11 @@ def test_a_failure_half_way_leaves_nothing_behind(
         monkeypatch.setattr(WeightSwapper, "_set_dense", third_fails(WeightSwapper._set_dense))
     with pytest.raises(MemoryError):
         swap.apply(labels, method="rtn", serving=serving)
-    assert built.state["pristine"] is False, "a half-swapped model must not pass for the original"
+    assert not built.pristine, "a half-swapped model must not pass for the original"
     monkeypatch.undo()
     swap.restore()
     assert not changed(built, before) and dict(built.model.named_modules()) == modules
-    assert built.state["pristine"] is True
+    assert built.pristine
 
 
 def test_another_method_replaces_the_weights(built: Built) -> None:
@@ -232,7 +232,7 @@ def test_asking_for_an_entry_leaves_the_model_as_it_is(make_worker: MakeWorker) 
     compressed = first_weight().clone()
     swap.move(built.site.parts[-2].path, "w4g32", "w8", "gptq")
     assert seen == [True] * len(seen) and len(seen) == 3
-    assert torch.equal(first_weight(), compressed) and built.state["pristine"] is False
+    assert torch.equal(first_weight(), compressed) and not built.pristine
     swap.restore()
 
 

@@ -12,6 +12,7 @@ from autocomp.testing.searchers import CHECKS, Check, check_large
 
 OPTIONS: dict[str, dict[str, object]] = {
     "random": {},
+    "epsilon": {"intervals": 2, "gap": 0.05},
     "evolution": {"population": 8},
     "ilp": {"points": 3, "gap": 0.05},
     "optuna": {"sampler": "NSGAIISampler", "sampler_options": {"population_size": 8}},

@@ -37,7 +37,7 @@ def perturb(built: Built, path: str, size: float) -> None:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(module.weight.shape, generator=generator) * module.weight.float().std() * size
     module.weight = torch.nn.Parameter(module.weight + noise.to(module.weight.dtype), requires_grad=False)
-    built.state["pristine"] = False
+    built.changed.add("weights")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,7 +191,7 @@ def test_nan_and_infinity_are_a_floating_point_error(tiny: Folder, prose: list[s
     work.ensure_teacher(built, "proxy")
     module: Any = built.model.get_submodule("model.layers.1.mlp.down_proj")
     module.weight.data[3, 5] = value
-    built.state["pristine"] = False
+    built.changed.add("weights")
     with pytest.raises(FloatingPointError, match=r"sequence 0 hold NaN or infinity at \d+ of 32"):
         work.score(built, Fidelity())
     work.prepare(built)  # were the broken model the uncompressed one, the user must hear about it
