@@ -141,7 +141,7 @@ def maps_of(run_dir: Path, trial: Trial) -> dict[str, Callable[[Path], object]]:
         maps[f"choices_{trial.number}.png"] = lambda path: choice_map_png(space, candidate, path, title)
     if any(attention):
         tokens = run_files.read_context(run_dir, description)
-        windows = {p.path: p.window for p in description.site.parts}
+        windows = {p.path: p.window for p in description.site.kv_groups}
         megabytes = description.exact["kv_mb"].total(candidate) if "kv_mb" in description.exact else None
         maps[f"spans_{trial.number}.png"] = lambda path: span_map.span_map_png(
             space, candidate, tokens, path, title, kv_mb=megabytes, windows=windows

@@ -143,7 +143,7 @@ class Attention(Space):
         ]
 
     def _parts(self, site: ModelSite) -> list[Part]:
-        parts = [p for p in site.parts if p.kind == "kv_group"]
+        parts = list(site.kv_groups)
         if not parts:
             reason = site.lacking.get("kv_group", "it has no attention that could be planned")
             raise SpaceError(f"the attention space can't take this {site.family} model: {reason}")
@@ -191,9 +191,8 @@ class Attention(Space):
         except (OSError, ValueError) as error:
             raise SpaceError(f"attention.moa_plan: can't read {self.config.moa_plan!r}: {error}") from None
         modules: dict[str, list[Part]] = {}
-        for part in site.parts:
-            if part.kind == "kv_group":
-                modules.setdefault(part.tie, []).append(part)
+        for part in site.kv_groups:
+            modules.setdefault(part.tie, []).append(part)
         shapes = [(len(parts), parts[0].shape[0]) for parts in modules.values()]
         return dict(zip(modules, read_plan(data, shapes), strict=True))
 
@@ -216,13 +215,13 @@ class Attention(Space):
         return Keep().label
 
     def baselines(self, site: ModelSite, decisions: Sequence[Decision]) -> list[Candidate]:
-        """Dense attention and every number, share or rule that ``spans`` names, with 16 bits everywhere (one
-        window and sink: StreamingLLM), every pair of bits with dense attention, and the published plan."""
+        """Dense attention and every number or share that ``spans`` names, with 16 bits everywhere (one window
+        and sink: StreamingLLM), every pair of bits with dense attention, and the published plan. Rules that
+        are spelled out, or made by ``auto``, are for the search."""
         pairs = self.config.bit_pairs()
         widest = max(pairs)
-        rules = [_rule(span, self.config.sink) for span in self.config.spans if span != "auto"]
-        if "auto" in self.config.spans:
-            rules = [DENSE, *rules]
+        shares = [s for s in self.config.spans if not isinstance(s, str)]
+        rules = [DENSE, *(_rule(span, self.config.sink) for span in shares)]
         wanted = [Keep(rule, *widest) for rule in rules] + [Keep(DENSE, *bits) for bits in pairs]
         found = [self._nearest(decisions, keep) for keep in dict.fromkeys(wanted)]
         if self.config.moa_plan:
@@ -265,7 +264,7 @@ class Attention(Space):
 
         keep, context = Keep.parse(str(option)), self._context(site)
         parts = [site.part(path) for path in decision.sites]
-        count = sum(p.kind == "kv_group" for p in site.parts)
+        count = len(site.kv_groups)
         megabytes = self._bytes(site, parts, keep) / 1e6
         metrics = {"memory_mb": megabytes, "kv_mb": megabytes}
         for name, n in [("density", context), *((f"density_{n}", n) for n in self._lengths(site))]:
@@ -285,9 +284,8 @@ class Attention(Space):
             chosen |= dict.fromkeys(decision.sites, keep)
         layers: dict[int, LayerPlan] = {}
         modules: dict[str, list[Part]] = {}
-        for part in built.site.parts:
-            if part.kind == "kv_group":
-                modules.setdefault(part.tie, []).append(part)
+        for part in built.site.kv_groups:
+            modules.setdefault(part.tie, []).append(part)
         for path, parts in modules.items():
             keeps = [chosen[p.path] for p in parts]
             layer: Any = built.model.get_submodule(path).layer_idx

@@ -75,6 +75,8 @@ class ModelSite:
     Attributes:
         family: the model's type name (``llama``).
         parts: compressible pieces in execution order.
+        kv_groups: key/value heads (parts of kind ``kv_group``) in execution order; none where attention can't
+            be planned.
         other_bytes: bytes of all other weights and buffers (norms, biases), stored as loaded.
         fingerprint: hash of the weights' content: same weights, same hash, wherever they lie.
         itemsize: bytes of one weight (or cached key or value) that is left as it is.
@@ -92,6 +94,7 @@ class ModelSite:
     batch: int = 1
     lengths: tuple[int, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
+    kv_groups: tuple[Part, ...] = ()
 
     def part(self, path: str) -> Part:
         """The part at ``path``. Raises ``SpaceError`` when there is none."""
@@ -102,15 +105,18 @@ class ModelSite:
 
     @cached_property
     def _by_path(self) -> Mapping[str, Part]:
-        return {p.path: p for p in self.parts}
+        return {p.path: p for p in (*self.parts, *self.kv_groups)}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSite:
-        parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data["parts"])
-        return cls(**{**data, "parts": parts, "lengths": tuple(data.get("lengths", ()))})
+        def parts(name: str) -> tuple[Part, ...]:
+            return tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data.get(name, ()))
+
+        lists = {"parts": parts("parts"), "kv_groups": parts("kv_groups")}
+        return cls(**{**data, **lists, "lengths": tuple(data.get("lengths", ()))})
 
 
 @dataclass(frozen=True)

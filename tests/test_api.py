@@ -104,10 +104,10 @@ def test_the_front_is_exported_and_runs(finished: StudyResult, worker: ModelWork
     assert json.loads((folder / "autocomp.json").read_text())["candidate"] == chosen.to_json()
     model = autocomp.load(folder, device="cpu")
     ids = worker.built.state["splits"]["report"][:1]
-    worker._apply(chosen, serving=True)
+    worker.apply(chosen, serving=True)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, worker.built.model(input_ids=ids).logits)
-    worker._restore()
+    worker.restore()
     tokens = model.generate(ids[:, :4], attention_mask=torch.ones(1, 4), max_new_tokens=5, do_sample=False)
     assert 4 < tokens.shape[1] <= 9
     with pytest.raises(ExportError, match="not an empty folder"):

@@ -194,7 +194,7 @@ def write_run(folder: Path, space: SearchSpace, options: dict[str, Any], context
         for d in space
         for site in d.sites
     )
-    site = ModelSite("llama", parts, 0, "f", context=context)
+    site = ModelSite("llama", (), 0, "f", context=context, kv_groups=parts)
     costs = {d.name: {o: float(len(str(o))) for o in d.options} for d in space if is_attention(d)}
     exact = {"kv_mb": AdditiveTable("kv_mb", 0.0, costs, exact=True)}
     told = Description(site, space, (), exact, {}, {"kl": True}, ())

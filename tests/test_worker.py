@@ -237,7 +237,7 @@ def test_calibration_comes_from_the_original_whatever_the_state_before(make_job:
 
 def test_the_head_is_calibrated_on_every_token(make_worker: MakeWorker) -> None:
     worker = make_worker("llama", options=["w8"], head=["w3g32", "w16"], method="gptq")
-    worker._restore()
+    worker.restore()
     gram = worker.built.state["hessian"]("lm_head")
     assert int(torch.linalg.matrix_rank(gram)) == 64, "one token a sequence would give rank 8"
     rounded = kl(worker, {**uniform(worker, "w8"), "bitwidths/lm_head": "w3g32"})

@@ -53,7 +53,7 @@ def attention_calls(model: Any) -> tuple[AttentionCall, ...]:
 
 def refusal(model: Any) -> str:
     """Why ``model`` can't run by an attention plan; empty when it can."""
-    calls = attention_calls(model)
+    calls = attention_calls(model) if hasattr(model, "set_attn_implementation") else ()
     if not calls:
         return f"{type(model).__name__} does not call attention through transformers' interface"
     layers = [call.layer for call in calls]

@@ -46,7 +46,7 @@ VERSION = 2
 
 
 class NativeExporter:
-    """Every candidate of the spaces ``bitwidths`` and ``attention``, outliers and packed embeddings included."""
+    """Every candidate of ``bitwidths`` and ``attention``, outliers and packed embeddings included."""
 
     def supports(self, worker: ModelWorker, candidate: Candidate) -> list[str]:
         del candidate

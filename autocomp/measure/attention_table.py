@@ -15,7 +15,7 @@ import torch
 
 from autocomp.attention.plan import Keep, LayerPlan
 from autocomp.attention.ring import Ring
-from autocomp.kernels import cpu_step
+from autocomp.kernels import cpu_step, native
 from autocomp.kernels.attention import OPERATORS
 from autocomp.measure.timing import Timing, time_calls
 
@@ -94,7 +94,7 @@ def time_attention(
     filling the ring.
 
     Args:
-        lean: at decode, the C operations of the lean path, without Python between them.
+        lean: at decode, the C operations of the lean path (where there are any), without Python between them.
         cold_bytes, most_copies: calls rotate through so many rings that each finds its own out of the caches.
 
     The others are those of ``op_table.time_op``.
@@ -103,6 +103,9 @@ def time_attention(
         if tokens > MOST_SEQUENCES:
             calls = [_prompt(op, tokens, dtype, device)]
         else:
+            lean = lean and not native.unavailable("step")
+            if lean and dtype != torch.float32:
+                dtype = torch.bfloat16  # as the lean path keeps float16, too
             rings = _rings(op, tokens, dtype, device, cold_bytes, most_copies)
             if lean:
                 return time_calls(

@@ -65,9 +65,9 @@ def check_round_trip(make: Callable[[], Exporter], load: Load, folder: Path) -> 
             continue
         out = folder / f"out{i}"
         out.mkdir()
-        worker._restore()
+        worker.restore()
         make().export(worker, candidate, out)
-        worker._apply(candidate, serving=False)
+        worker.apply(candidate, serving=False)
         with torch.inference_mode():
             wanted = worker.built.model(input_ids=ids).logits
             found = load(out)(input_ids=ids).logits
@@ -87,7 +87,7 @@ def check_state_is_left_alone(make: Callable[[], Exporter], load: Load, folder: 
         if not make().supports(worker, candidate):
             (folder / f"state{i}").mkdir()
             make().export(worker, candidate, folder / f"state{i}")
-    worker._restore()
+    worker.restore()
     after = worker.built.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 

@@ -45,8 +45,7 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
 
     Kinds and roles: ``linear`` (``nn.Linear`` or transformers' ``Conv1D``; shape always ``(out, in)``) with
     role ``body`` or ``head``; ``embedding`` (the input embedding); ``router`` (matrix that chooses experts)
-    and ``experts`` (a 3-D parameter, its path is the parameter's), both left uncompressed; ``kv_group``,
-    where attention goes through transformers' interface.
+    and ``experts`` (a 3-D parameter, its path is the parameter's), both left uncompressed.
     ``other_bytes`` counts every parameter and buffer except the weights of ``linear`` and ``embedding``.
 
     Raises:
@@ -71,14 +70,13 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
     parts.sort(key=lambda p: probe.order.get(_parent(p.path) if p.kind == "experts" else p.path, last))
 
     groups, reason = _kv_groups(model, block)
-    parts += groups
     counted: list[Any] = [modules[p.path].weight for p in parts if p.kind in ("linear", "embedding")]
     other_bytes = unique_bytes([*model.parameters(), *model.buffers()]) - unique_bytes(counted)
     config: Any = getattr(model, "config", None)
     family = str(getattr(config, "model_type", type(model).__name__))
     return ModelSite(
         family, tuple(parts), other_bytes, fingerprint, counted[0].element_size(),
-        lacking={"kv_group": reason} if reason else {},
+        kv_groups=tuple(groups), lacking={"kv_group": reason} if reason else {},
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Candidate,
     worker = tiny_worker(folder)
     candidate = candidates(worker)[-1]
     worker.export(candidate.to_json(), "native", str(folder / "out"))
-    worker._apply(candidate, serving=False)
+    worker.apply(candidate, serving=False)
     ids = worker.workload.inputs(worker.built, "report", 2)  # type: ignore[attr-defined]
     with torch.inference_mode():
         return folder / "out", candidate, worker.built.model(input_ids=ids, use_cache=False).logits

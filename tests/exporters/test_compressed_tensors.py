@@ -44,9 +44,9 @@ def exported(worker: ModelWorker, folder: Path) -> tuple[dict[str, Any], dict[st
 
 @torch.inference_mode()
 def scoring_logits(worker: ModelWorker, candidate: Candidate) -> torch.Tensor:
-    worker._apply(candidate, serving=False)
+    worker.apply(candidate, serving=False)
     logits: torch.Tensor = worker.built.model(input_ids=worker.built.state["splits"]["report"][:2]).logits
-    worker._restore()
+    worker.restore()
     return logits
 
 
@@ -84,7 +84,7 @@ def test_every_module_decompresses_to_the_searched_weight(
     worker = make_worker(kind, dtype, options=options)
     config, tensors = exported(worker, tmp_path / "out")
     parsed = QuantizationConfig.model_validate(config["quantization_config"])
-    worker._apply(mixed(worker), serving=False)
+    worker.apply(mixed(worker), serving=False)
     seen = 0
     for group in parsed.config_groups.values():
         compressor = BaseCompressor.get_value_from_registry(group.format)
@@ -94,7 +94,7 @@ def test_every_module_decompresses_to_the_searched_weight(
             weight = compressor.decompress(state, group)["weight"]
             assert torch.equal(weight, worker.built.model.get_submodule(path).weight), path
             seen += 1
-    worker._restore()
+    worker.restore()
     assert seen >= sum(label != "w16" for label in mixed(worker).values.values()) > 0
 
 

@@ -56,9 +56,9 @@ def test_a_reloaded_export_gives_the_same_bits(
     folder = tmp_path / "out"
     worker.export(candidate.to_json(), "native", str(folder))
     ids = worker.built.state["splits"]["report"][:2]
-    worker._apply(candidate, serving=True)
+    worker.apply(candidate, serving=True)
     wanted = outputs(worker.built.model, ids)
-    worker._restore()
+    worker.restore()
     model = autocomp.load(folder, device="cpu")
     found = outputs(model, ids)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])

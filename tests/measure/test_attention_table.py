@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from autocomp.attention.plan import DENSE, Keep, Rule
 from autocomp.errors import SpaceError
-from autocomp.kernels import cpu_attention
+from autocomp.kernels import cpu_attention, native
 from autocomp.measure import attention_table, op_table
 from autocomp.measure.attention_table import AttentionOperation, attention_backend, attention_key
 from autocomp.measure.op_table import parse_op_key, time_op
+from autocomp.workloads.serving import cpu_threads
 
 BITS = st.sampled_from([16, 8, 4])
 
@@ -52,13 +53,21 @@ def test_operations_are_timed(label: str, tokens: int, lean: bool, monkeypatch: 
     assert 0.0 < found.median_ms < 1000.0 and found.n + found.dropped == 5
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_half_precision_is_timed(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_table, "COLD_BYTES", 100_000)
+    assert time_op("attention/2x16/dense/k16v8@32", 1, torch.float16, repeats=5, lean=lean).median_ms > 0.0
+
+
+@pytest.mark.skipif(bool(native.unavailable("step")), reason="no C kernels here")
 def test_what_is_kept_decides_the_time() -> None:
-    """A sixteenth of the tokens, and no fixed cost that hides it."""
-    times = {
-        label: time_op(f"attention/3x64/{label}@4096", 1, repeats=15, lean=True).median_ms
-        for label in ("dense/k16v16", "a256b0s4/k16v16")
-    }
-    assert times["dense/k16v16"] > 4 * times["a256b0s4/k16v16"]
+    """A sixteenth of the tokens, and no fixed cost that hides it. Best of some, for busy machines."""
+    times: dict[str, list[float]] = {"dense/k16v16": [], "a256b0s4/k16v16": []}
+    with cpu_threads(1):
+        for _ in range(3):
+            for label, found in times.items():
+                found.append(time_op(f"attention/3x64/{label}@4096", 1, repeats=7, lean=True).median_ms)
+    assert min(times["dense/k16v16"]) > 4 * min(times["a256b0s4/k16v16"])
 
 
 def test_rings_are_full_alike_and_cold() -> None:

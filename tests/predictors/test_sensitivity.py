@@ -21,6 +21,7 @@ from autocomp.predictors.sensitivity import (
     sampled_loss,
 )
 from autocomp.profile import ProfileResult
+from autocomp.profiling import Profiler
 from autocomp.search_spaces.base import Part
 from autocomp.search_spaces.weights import WeightSwapper
 from autocomp.space import Candidate, Decision, Value
@@ -251,22 +252,24 @@ def test_the_neighbourhood_of_a_candidate(worker: ModelWorker) -> None:
     table = found.table("kl")
     for decision in decisions(worker):
         assert table.costs[decision.name][at[decision.name]] == 0.0, "staying is free"
-    worker._apply(at, serving=False)
+    worker.apply(at, serving=False)
     assert table.costs["base"]["kl"] == pytest.approx(divergence_at(worker), rel=1e-4)
-    worker._restore()
+    worker.restore()
 
 
 def test_the_first_order_term_is_the_slope_of_the_divergence(worker: ModelWorker) -> None:
     at, step = candidate(worker), 1e-2
     profile(worker, "neighbourhood", candidate=at.to_json())  # the uncompressed outputs are kept now
     for decision in picked(worker):
-        worker._apply(at, serving=False)
+        worker.apply(at, serving=False)
         target = decision.options[-1]
 
         def tiny(
             part: Part, here: Value, there: Value, only: Decision = decision, goal: Value = target
         ) -> torch.Tensor | None:
-            change = worker._move(part, here, goal) if part.path in only.sites and there == goal else None
+            change = (
+                Profiler(worker).move(part, here, goal) if part.path in only.sites and there == goal else None
+            )
             return None if change is None else step * change
 
         local = neighbourhood_sensitivity(
@@ -278,18 +281,18 @@ def test_the_first_order_term_is_the_slope_of_the_divergence(worker: ModelWorker
         for sign in (1.0, -1.0):
             with torch.no_grad():
                 for path in owned(worker, decision):
-                    change = worker._move(worker.built.site.part(path), at[decision.name], target)
+                    change = Profiler(worker).move(worker.built.site.part(path), at[decision.name], target)
                     assert change is not None
                     turned = type(worker.built.model.get_submodule(path)).__name__ == "Conv1D"
                     weight = weight_of(worker, path)
                     weight.data = weight.data + sign * step * (change.T if turned else change)
             ends.append(divergence_at(worker))
             worker.built.state["swapper"].restore()
-            worker._apply(at, serving=False)
+            worker.apply(at, serving=False)
         slope = (ends[0] - ends[1]) / 2  # of the step taken
         # The second-order part of the profile is step**2 times a cost: not above a few percent here.
         assert local.costs[decision.name][target] == pytest.approx(slope, rel=0.1, abs=2e-5)
-    worker._restore()
+    worker.restore()
 
 
 def test_the_neighbourhood_predicts_single_moves_better_than_the_origin(llama: ModelWorker) -> None:
@@ -299,7 +302,7 @@ def test_the_neighbourhood_predicts_single_moves_better_than_the_origin(llama: M
     level = Fidelity("any", "calibration", 8, timing=False)
 
     def measured(where: Candidate) -> float:
-        llama._apply(where, serving=False)
+        llama.apply(where, serving=False)
         return llama.workload.score(llama.built, level)[0]["kl"].value
 
     base, near, far = measured(at), 0.0, 0.0
@@ -309,7 +312,7 @@ def test_the_neighbourhood_predicts_single_moves_better_than_the_origin(llama: M
         near += (local.costs[decision.name][there] - truth) ** 2
         costs = origin.costs[decision.name]
         far += (costs[there] - costs[here] - truth) ** 2
-    llama._restore()
+    llama.restore()
     assert near < far
 
 
@@ -330,7 +333,7 @@ def test_with_compensated_rounding_the_candidate_stays_in_place(make_worker: Mak
 @pytest.fixture
 def untouched(worker: ModelWorker) -> Iterator[ModelWorker]:
     """Fails when flags, gradients, hooks or weights differ afterwards."""
-    worker._restore()
+    worker.restore()
     model = worker.built.model
     before = {n: (p.requires_grad, p.grad, p.detach().clone()) for n, p in model.named_parameters()}
     yield worker
@@ -344,11 +347,11 @@ def untouched(worker: ModelWorker) -> Iterator[ModelWorker]:
 @pytest.mark.parametrize("kind", [*(f"sensitivity:{m}" for m in METHODS), "neighbourhood"])
 def test_the_model_is_as_before(untouched: ModelWorker, kind: str) -> None:
     profile(untouched, kind, candidate=candidate(untouched).to_json())
-    untouched._restore()
+    untouched.restore()
 
 
 def test_flags_come_back_after_a_failure(llama: ModelWorker) -> None:
-    llama._restore()
+    llama.restore()
 
     def broken(logits: torch.Tensor, index: int) -> torch.Tensor:
         raise MemoryError("out of memory")
@@ -359,7 +362,7 @@ def test_flags_come_back_after_a_failure(llama: ModelWorker) -> None:
     with pytest.raises(MemoryError):
         neighbourhood_sensitivity(
             llama.built, sequences(llama), decisions(llama), candidate(llama).values,
-            llama._move, broken, positions=range(8),
+            Profiler(llama).move, broken, positions=range(8),
         )  # fmt: skip
     assert some.requires_grad and torch.equal(some.grad, torch.ones_like(some))
     some.grad = None
@@ -379,7 +382,7 @@ def test_bfloat16_models_are_profiled_in_float32(make_worker: MakeWorker) -> Non
 def test_a_weight_that_no_sequence_reaches_costs_nothing(llama: ModelWorker) -> None:
     """An expert that got no tokens: no gradient, and inputs that are all zero."""
     model, site = llama.built.model, llama.built.site
-    llama._restore()
+    llama.restore()
     path = "model.layers.1.mlp.down_proj"
     real = model.get_submodule(path)
 
@@ -397,7 +400,7 @@ def test_a_weight_that_no_sequence_reaches_costs_nothing(llama: ModelWorker) -> 
     try:
         for method in GRADIENT_METHODS:
             found = gradient_sensitivity(
-                llama.built, sequences(llama), mine, llama._delta, method=method
+                llama.built, sequences(llama), mine, Profiler(llama).delta, method=method
             )  # fmt: skip
             rows = {d.name: found.rows[d.name]["w3g32"][1] for d in mine}
             assert rows[f"bitwidths/{path}"] == 0.0 and sum(rows.values()) > 0.0
@@ -408,7 +411,7 @@ def test_a_weight_that_no_sequence_reaches_costs_nothing(llama: ModelWorker) -> 
         def nothing(path: str) -> torch.Tensor:
             return torch.zeros(site.part(path).shape[1], site.part(path).shape[1])
 
-        idle = activation_sensitivity(llama.built, mine, llama._delta, nothing)
+        idle = activation_sensitivity(llama.built, mine, Profiler(llama).delta, nothing)
         assert all(m[1] == 0.0 for row in idle.rows.values() for m in row.values())
     finally:
         mlp.down_proj = real
@@ -418,14 +421,14 @@ def test_unknown_profiles_are_refused(llama: ModelWorker) -> None:
     with pytest.raises(CapabilityError, match="unknown profile 'sensitivity:magic'"):
         profile(llama, "sensitivity:magic")
     with pytest.raises(SpaceError, match="no gradient method"):
-        gradient_sensitivity(llama.built, sequences(llama), [], llama._delta, method="measured")
+        gradient_sensitivity(llama.built, sequences(llama), [], Profiler(llama).delta, method="measured")
 
 
 # -- second moments of the inputs -------------------------------------------------------------------------
 
 
 def test_grams_are_sums_over_every_token(worker: ModelWorker) -> None:
-    worker._restore()
+    worker.restore()
     ids, model = sequences(worker), worker.built.model
     store = GramStore(worker.built, ids)
     for part in (p for p in worker.built.site.parts if p.kind == "linear"):
@@ -445,7 +448,7 @@ def test_grams_are_sums_over_every_token(worker: ModelWorker) -> None:
 
 
 def test_grams_hold_few_matrices_and_share_them_within_a_tie(llama: ModelWorker) -> None:
-    llama._restore()
+    llama.restore()
     store = GramStore(llama.built, sequences(llama), max_bytes=3 * 4 * 64 * 64)
     at = "model.layers.0.self_attn"
     assert store(f"{at}.q_proj") is store(f"{at}.k_proj")
@@ -456,8 +459,8 @@ def test_grams_hold_few_matrices_and_share_them_within_a_tie(llama: ModelWorker)
 
 
 def test_grams_of_a_compressed_model_are_refused(llama: ModelWorker) -> None:
-    llama._apply(candidate(llama), serving=False)
+    llama.apply(candidate(llama), serving=False)
     store = GramStore(llama.built, sequences(llama))
     with pytest.raises(SpaceError, match="restore it first"):
         store("model.layers.0.mlp.down_proj")
-    llama._restore()
+    llama.restore()

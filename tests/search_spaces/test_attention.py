@@ -123,7 +123,7 @@ def test_layers_with_a_window_of_their_own_keep_it() -> None:
         Part(f"m.{i}.attn.kv0", "kv_group", (2, 16), i, f"m.{i}.attn", "attention", window=w)
         for i, w in enumerate((128, 0))
     )
-    site = ModelSite("mistral", parts, 0, "f", context=1000)
+    site = ModelSite("mistral", (), 0, "f", context=1000, kv_groups=parts)
     s = space(spans=["dense", 0.5], kv_bits=[16, 8])
     own, free = s.decisions(site)
     assert own.options == ("dense/k8v8", "dense/k16v16") and len(free.options) == 4

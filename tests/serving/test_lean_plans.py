@@ -17,19 +17,15 @@ from autocomp.attention.cache import SpanCache
 from autocomp.attention.plan import DENSE, AttentionPlan, Keep, LayerPlan, Rule, uniform
 from autocomp.attention.ring import Ring
 from autocomp.attention.runtime import install, remove, simulated
-from autocomp.kernels import cpu_step
+from autocomp.kernels import cpu_step, native
 from autocomp.kernels.attention_reference import attend as masked_attention
 from autocomp.kernels.attention_reference import spans_mask
-from autocomp.kernels.ops import capability
-from autocomp.quantize.scheme import Scheme
 from autocomp.serving import LeanDecoder
 from autocomp.serving.generate import _Eager
 from autocomp.serving.record import Unsupported
 from autocomp.testing.models import VOCABULARY, tiny_network
 
-pytestmark = pytest.mark.skipif(
-    not capability(Scheme(4, 64), (64, 64), "cpu").native, reason="no kernels on this CPU"
-)
+pytestmark = pytest.mark.skipif(bool(native.unavailable("step")), reason="no C kernels here")
 RULES = (DENSE, Rule(7, 0.0, 2), Rule(0, 0.5, 1), Rule(4, 0.0, 0))
 WINDOW = 9
 
