@@ -13,6 +13,7 @@ import torch
 import autocomp
 from autocomp.attention import runtime
 from autocomp.attention.plan import Keep
+from autocomp.choice_map import maps_of
 from autocomp.run_files import read_space
 from autocomp.space import AtMostDistinct
 from autocomp.study import StudyResult
@@ -93,9 +94,13 @@ def test_lengths_are_scored_apart_and_picked_where_nobody_looked(found: StudyRes
     assert {"kl_192", "kl_256", "kl_320", "retrieval_320", "ppl_256"} <= levels["report"]
 
 
-def test_span_and_choice_maps_are_drawn(found: StudyResult) -> None:
-    names = {p.name for p in found.run_dir.glob("*.png")}
-    assert any(n.startswith("spans_") for n in names) and any(n.startswith("choices_") for n in names)
+def test_a_joint_candidate_has_two_maps(found: StudyResult, tmp_path: Path) -> None:
+    trial = found.front.points[-1].trial
+    maps = maps_of(found.run_dir, trial)
+    assert set(maps) == {f"choices_{trial.number}.png", f"spans_{trial.number}.png"}
+    for name, draw in maps.items():
+        draw(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_what_was_searched_is_what_runs_after_export(

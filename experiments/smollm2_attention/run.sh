@@ -12,3 +12,4 @@ $bin/python $here/summary.py quality --group runs/attention-group \
 $bin/python $here/summary.py joint --joint runs/attention-joint --weights runs/attention-weights \
     --spans runs/attention-spans --kv runs/attention-kv
 $bin/python $here/latency.py --plan "per group 50%=$here/plans/group_0.5.json" "per group 25%=$here/plans/group_0.25.json"
+$bin/python $here/summary.py latency

@@ -2,8 +2,10 @@
 
     python experiments/smollm2_attention/summary.py quality --group RUN --group25 RUN --layer RUN
     python experiments/smollm2_attention/summary.py joint --joint RUN --weights RUN --spans RUN --kv RUN
+    python experiments/smollm2_attention/summary.py latency
 
-``quality`` writes quality.json, plans/*.json and spans_*.png; ``joint`` writes joint.json and joint.png.
+Each prints its table and keeps its numbers in results.json; ``quality`` also writes plans/*.json and
+spans_*.png, ``joint`` joint.png; ``latency`` reads what latency.py left in latency.json.
 """
 
 from __future__ import annotations
@@ -50,6 +52,17 @@ def plan_of(space: SearchSpace, candidate: Candidate) -> AttentionPlan:
     )
 
 
+def keep(part: str, numbers: Any, runs: Mapping[str, Path]) -> None:
+    """Put one part's numbers into results.json, with the machine and the versions that they are from."""
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    results["command"] = "experiments/smollm2_attention/run.sh"
+    for run in runs.values():
+        description = json.loads((run / "description.json").read_text())
+        results |= {"machine": description["device"], "versions": description["versions"]}
+    file.write_text(json.dumps(results | {part: numbers}, indent=1))
+
+
 def numbers(trial: Trial, metrics: list[str]) -> dict[str, list[float]]:
     assert trial.measurement is not None
     found = trial.measurement.metrics
@@ -88,9 +101,7 @@ def quality(runs: Mapping[str, Path]) -> None:
         title = f"SmolLM2-135M, per {granularity}, at most {share:.0%}"
         out = HERE / f"spans_{granularity}_{share:g}.png"
         span_map_png(space, trial.candidate, CONTEXT, out, title, kv_mb=trial.value("kv_mb"))
-    description = json.loads((next(iter(runs.values())) / "description.json").read_text())
-    result = {"device": description["device"], "versions": description["versions"], "rows": rows}
-    (HERE / "quality.json").write_text(json.dumps(result, indent=1))
+    keep("quality", rows, runs)
     columns = [m for m in QUALITY if any(m in row for row in rows.values())]
     print("| method | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
@@ -125,8 +136,12 @@ def joint(runs: Mapping[str, Path]) -> None:
         "reference": reference, "kl_floor": floor, "hypervolume": volumes, "best_kl_within_mb": within,
         "points": points,
     }  # fmt: skip
-    (HERE / "joint.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps({k: result[k] for k in ("reference", "hypervolume", "best_kl_within_mb")}, indent=1))
+    keep("joint", result, runs)
+    print("| front | hypervolume | " + " | ".join(f"{b} MB" for b in budgets) + " |")
+    print("|---" * (len(budgets) + 2) + "|")
+    for kind in points:
+        cells = ["-" if kl is None else f"{kl:.3g}" for kl in within[kind].values()]
+        print(f"| {kind} | {volumes[kind]:.1f} | " + " | ".join(cells) + " |")
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for (kind, row), marker in zip(points.items(), "osv^", strict=False):
@@ -145,6 +160,24 @@ def joint(runs: Mapping[str, Path]) -> None:
     figure.savefig(HERE / "joint.png", dpi=130)
 
 
+def latency() -> None:
+    """The table of latency.json: attention alone, the whole model and the cache, by context."""
+    found = json.loads((HERE / "latency.json").read_text())
+    keep("latency", found, {})
+    contexts = found["contexts"]
+    print("| | " + " | ".join(f"{n} tokens" for n in contexts) + " |\n|---" + "|---" * len(contexts) + "|")
+    for what in ("attention", "model"):
+        for name in next(iter(contexts.values()))[what]:
+            cells = []
+            for row in contexts.values():
+                cell = f"{row[what][name]['ms']:.2f} ms"
+                memory = row["memory"].get(name) if what == "attention" else None
+                if memory:
+                    cell += f", {memory['tensors_mb']:.1f} MB ({memory['process_mb']:.1f})"
+                cells.append(cell)
+            print(f"| {what}: {name} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parts = parser.add_subparsers(dest="what", required=True)
@@ -155,11 +188,15 @@ def main() -> None:
         part = parts.add_parser(what)
         for name in names:
             part.add_argument(f"--{name}", type=Path)
+    parts.add_parser("latency")
     args = vars(parser.parse_args())
     what = args.pop("what")
     args = {name: run for name, run in args.items() if run is not None}
     try:
-        (quality if what == "quality" else joint)(args)
+        if what == "latency":
+            latency()
+        else:
+            (quality if what == "quality" else joint)(args)
     except InfeasibleError as error:
         raise SystemExit(str(error)) from None
 

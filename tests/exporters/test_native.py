@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import autocomp
 from autocomp.errors import ExportError
 from autocomp.exporters.base import quantized_parts, save_sharded
-from autocomp.exporters.native import NativeExporter, load_native
+from autocomp.exporters.native import VERSION, NativeExporter, load_native
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.search_spaces.weights import WeightSwapper
 from autocomp.space import Candidate
@@ -118,8 +118,8 @@ def change_envelope(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def test_a_newer_format_asks_for_an_upgrade(exported: Path) -> None:
-    change_envelope(exported, lambda e: e.update(version=e["version"] + 1))
-    with pytest.raises(ExportError, match=r"format version 2; this autocomp .* reads up to 1: upgrade it"):
+    change_envelope(exported, lambda e: e.update(version=VERSION + 1))
+    with pytest.raises(ExportError, match=r"format version 3; this autocomp .* reads up to 2: upgrade it"):
         load_native(exported)
 
 
