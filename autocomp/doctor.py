@@ -31,6 +31,11 @@ OPTIONS = (
 SHAPE = (2048, 2048)
 """(output, input features): an attention projection of a model with 1 B weights."""
 
+CACHES = ("dense/k16v16", "dense/k8v8", "dense/k8v4", "dense/k4v4", "a0b0.25s16/k16v16", "a0b0.25s16/k8v4")
+"""What a key/value head may keep, see ``autocomp.attention.plan``."""
+CACHE_SHAPE = (4, 128, 4096)
+"""(query heads of one key/value head, features, tokens in the cache)."""
+
 _COMPILERS = (
     ("gcc", "CPU kernels that are compiled here", "apt install build-essential"),
     ("g++", "CPU kernels that are compiled here", "apt install build-essential"),
@@ -89,6 +94,12 @@ def examine(device: str = "", speed: bool = True) -> list[Section]:
         sections.append(
             Section(f"weight formats on {name}: one {SHAPE[0]}x{SHAPE[1]} linear, 1 token", found)
         )
+        heads, dim, tokens = CACHE_SHAPE
+        caches = tuple(_guard("caches", partial(_caches, name, speed)))
+        title = (
+            f"key/value caches on {name}: a head with {heads} queries of {dim}, {tokens} tokens, 1 new one"
+        )
+        sections.append(Section(title, caches))
         operators = tuple(_guard("operators", partial(_operators, name)))
         sections.append(Section(f"other operators on {name}", operators))
     return sections
@@ -271,6 +282,34 @@ def _time(label: str, shape: tuple[int, int], device: str) -> float:
 
     lean = device == "cpu" and not native.unavailable("step")
     return time_op(op_key(shape, Scheme.parse(label)), tokens=1, device=device, lean=lean).median_ms
+
+
+def _caches(device: str, speed: bool) -> Iterator[Finding]:
+    """What attends over each kind of cache, its time and how many times faster than all tokens in 16 bits."""
+    from autocomp.attention.plan import Keep
+    from autocomp.kernels import native
+    from autocomp.measure.op_table import attention_backend, attention_key, time_op
+
+    heads, dim, tokens = CACHE_SHAPE
+    dense = 0.0
+    for label in CACHES:
+        keep = Keep.parse(label)
+        backend, reason = attention_backend(keep, device, dim)
+        if reason:
+            yield Finding(label, "missing", "simulated only, no latency", reason)
+        elif not speed:
+            yield Finding(label, "ok", backend)
+        else:
+            lean = device == "cpu" and not native.unavailable("step")
+            key = attention_key(heads, dim, keep, tokens)
+            took = time_op(key, tokens=1, device=device, lean=lean).median_ms
+            dense = dense or took
+            slower = took > 1.05 * dense
+            yield Finding(
+                label, "note" if slower else "ok",
+                f"{backend:<10} {took:8.4f} ms  {dense / took:5.2f}x",
+                "slower than 16 bits: it saves memory, not time" if slower else "",
+            )  # fmt: skip
 
 
 def _operators(device: str) -> Iterator[Finding]:
