@@ -1,11 +1,11 @@
 """Retrieval prompts: facts spread over real text, asked for at the end, many answers in one forward pass.
 
 A fact and its question are the same sentence, ``The code of the river: river 48213.``; the question ends
-before the number. The key word stands directly before its number: small models find it far better then
-(SmolLM2-135M at 1024 tokens: 98% of the answers, against 75% for ``The code of river is 48213.``). Answers
-are given (teacher forcing), so later questions see earlier ones with their right answers, and one pass over
-the prompt scores all of them: an answer is right when every one of its tokens is the most likely one, which
-is when greedy decoding would have written it. A number can't be guessed: it is drawn at random.
+before the number. The key word stands directly before its number: small models, which continue what they
+have seen, find it far better then than in ``The code of river is 48213.``. Answers are given (teacher
+forcing), so later questions see earlier ones with their right answers, and one pass over the prompt scores
+all of them: an answer is right when every one of its tokens is the most likely one, which is when greedy
+decoding would have written it. A number can't be guessed: it is drawn at random.
 """
 
 from __future__ import annotations
