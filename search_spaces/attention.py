@@ -172,6 +172,9 @@ class Attention(Space):
     def _lengths(self, site: ModelSite) -> list[int]:
         return list(self.config.lengths or site.lengths)
 
+    def _shortest(self, site: ModelSite) -> int:
+        return min(self._lengths(site), default=0)
+
     def _options(self, site: ModelSite, parts: Sequence[Part]) -> list[str]:
         """``Keep`` labels, smallest first. Layers with a sliding window of their own keep that."""
         lengths = sorted({*self._lengths(site), self._context(site)})
@@ -255,7 +258,9 @@ class Attention(Space):
 
     def _bytes(self, site: ModelSite, parts: Sequence[Part], keep: Keep) -> float:
         tokens = sum(
-            _kept(p, keep, self._context(site)) * keep.token_bytes(p.shape[1], site.itemsize) for p in parts
+            _kept(p, keep, self._context(site), self._shortest(site))
+            * keep.token_bytes(p.shape[1], site.itemsize)
+            for p in parts
         )
         return tokens * (self.config.batch or site.batch)
 
@@ -268,7 +273,9 @@ class Attention(Space):
         megabytes = self._bytes(site, parts, keep) / 1e6
         metrics = {"memory_mb": megabytes, "kv_mb": megabytes}
         for name, n in [("density", context), *((f"density_{n}", n) for n in self._lengths(site))]:
-            metrics[name] = sum(_kept(p, keep, n) / min(n, p.window or n) for p in parts) / count
+            metrics[name] = (
+                sum(_kept(p, keep, n, self._shortest(site)) / min(n, p.window or n) for p in parts) / count
+            )
         ops: dict[str, int] = {}
         for part in parts:
             key = attention_key(part.shape[0], part.shape[1], keep, min(context, part.window or context))
@@ -290,7 +297,11 @@ class Attention(Space):
             keeps = [chosen[p.path] for p in parts]
             layer: Any = built.model.get_submodule(path).layer_idx
             layers[int(layer)] = LayerPlan(
-                tuple(k.rule for k in keeps), keeps[0].key_bits, keeps[0].value_bits, parts[0].window
+                tuple(k.rule for k in keeps),
+                keeps[0].key_bits,
+                keeps[0].value_bits,
+                parts[0].window,
+                shortest=self._shortest(built.site),
             )
         return AttentionPlan(layers)
 
@@ -310,5 +321,6 @@ class Attention(Space):
             runtime.install(built.model, plan)
 
 
-def _kept(part: Part, keep: Keep, tokens: int) -> int:
-    return min(tokens, part.window) if part.window else keep.rule.span(tokens)
+def _kept(part: Part, keep: Keep, tokens: int, shortest: int) -> int:
+    """Tokens that a group keeps of ``tokens``; inputs below ``shortest`` have its spans."""
+    return min(tokens, part.window or keep.rule.span(max(tokens, shortest)))

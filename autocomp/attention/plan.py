@@ -2,7 +2,8 @@
 
 A rule is MoA's (arXiv 2406.14909, section 3.2): a group that serves an input of N tokens keeps
 ``S(N) = alpha + beta * N`` of them, the first ``sink`` and the last ones (attention sinks: StreamingLLM,
-arXiv 2309.17453). N is the length of the prompt; the span then stays while tokens are generated.
+arXiv 2309.17453). N is the length of the prompt; the span then stays while tokens are generated. Prompts
+shorter than what was profiled are served with the spans of the shortest profiled length.
 """
 
 from __future__ import annotations
@@ -118,12 +119,15 @@ class LayerPlan:
         rules: one a key/value group.
         key_bits, value_bits: of the whole layer.
         window: the layer's own sliding window in tokens, 0 for none; its groups are then dense in it.
+        shortest: shorter inputs are served as those of this length: the shortest that the rules were profiled
+            at. A quarter of a prompt of 40 tokens is no context, and saves nothing.
     """
 
     rules: tuple[Rule, ...]
     key_bits: int = 16
     value_bits: int = 16
     window: int = 0
+    shortest: int = 0
 
     def __post_init__(self) -> None:
         Keep(DENSE, self.key_bits, self.value_bits)
@@ -139,6 +143,7 @@ class LayerPlan:
         """``(window, sink)`` of each group for an input of ``tokens``; window 0 is unbounded."""
         if self.window:
             return [(self.window, 0)] * len(self.rules)
+        tokens = max(tokens, self.shortest)
         return [(w, rule.sink if w else 0) for rule in self.rules for w in [rule.window(tokens)]]
 
 
@@ -164,6 +169,7 @@ class AttentionPlan:
                 "key_bits": layer.key_bits,
                 "value_bits": layer.value_bits,
                 "window": layer.window,
+                "shortest": layer.shortest,
             }
             for index, layer in sorted(self.layers.items())
         }
@@ -178,6 +184,7 @@ class AttentionPlan:
                     int(entry["key_bits"]),
                     int(entry["value_bits"]),
                     int(entry["window"]),
+                    int(entry.get("shortest", 0)),
                 )
                 for index, entry in data.items()
             }

@@ -126,8 +126,8 @@ def own_window(module: nn.Module, options: Mapping[str, Any]) -> tuple[int, str]
     if found:
         return int(found), ""
     config: Any = getattr(module, "config", None)
-    kinds, layer = getattr(config, "layer_types", None) or (), getattr(module, "layer_idx", None) or 0
-    kind = kinds[layer] if 0 <= layer < len(kinds) else "full_attention"
+    kinds, layer = getattr(config, "layer_types", None) or (), getattr(module, "layer_idx", None)
+    kind = kinds[layer] if layer is not None and 0 <= layer < len(kinds) else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
         return 0, f"layer {layer} is of the type {kind}"
     return int(config.sliding_window or 0) if kind == "sliding_attention" else 0, ""

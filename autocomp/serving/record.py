@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autocomp.attention.probe import own_window
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 
 ATTENTION = "autocomp_lean"
@@ -219,15 +220,10 @@ def _our_attention(model: Any, recorder: _Recorder) -> Iterator[None]:
 
 def _window(module: nn.Module, options: Mapping[str, Any]) -> int:
     """Tokens that this layer looks back, its own included; 0 for all."""
-    found = options.get("sliding_window") or getattr(module, "sliding_window", None)
-    if not found:
-        config: Any = getattr(module, "config", None)
-        kinds, layer = getattr(config, "layer_types", None) or (), getattr(module, "layer_idx", -1)
-        kind = kinds[layer] if 0 <= layer < len(kinds) else "full_attention"
-        if kind not in ("full_attention", "sliding_attention"):
-            raise Unsupported(f"layer {layer} is of the type {kind}")
-        found = config.sliding_window if kind == "sliding_attention" else 0
-    return int(found or 0)
+    window, reason = own_window(module, options)
+    if reason:
+        raise Unsupported(reason)
+    return window
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The tables, plans and pictures of this experiment from its runs.
 
     python experiments/smollm2_attention/summary.py quality --group RUN --group25 RUN --layer RUN
+        --layer25 RUN
     python experiments/smollm2_attention/summary.py joint --joint RUN --weights RUN --spans RUN --kv RUN
     python experiments/smollm2_attention/summary.py latency
 
@@ -182,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parts = parser.add_subparsers(dest="what", required=True)
     for what, names in (
-        ("quality", ("group", "group25", "layer")),
+        ("quality", ("group", "group25", "layer", "layer25")),
         ("joint", ("joint", "weights", "spans", "kv")),
     ):
         part = parts.add_parser(what)

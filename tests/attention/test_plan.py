@@ -51,6 +51,13 @@ def test_plans_read_back_and_add_up() -> None:
     assert uniform(range(3), 2, Keep()).plain
 
 
+def test_short_prompts_have_the_spans_of_the_shortest_profiled_length() -> None:
+    layer = LayerPlan((Rule(0, 0.25, 4), DENSE), shortest=1000)
+    assert layer.limits(40) == layer.limits(1000) == [(246, 4), (0, 0)]
+    assert layer.limits(2000) == [(496, 4), (0, 0)]
+    assert AttentionPlan.from_json(AttentionPlan({0: layer}).to_json()).layers[0] == layer
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

@@ -33,7 +33,7 @@ def test_the_plan_is_in_the_envelope_and_runs(exported: tuple[Path, Candidate, t
     envelope = json.loads((folder / "autocomp.json").read_text())
     assert envelope["version"] == 2
     assert envelope["attention"]["0"] == {
-        "rules": ["a8b0s2", "dense"], "key_bits": 8, "value_bits": 4, "window": 0,
+        "rules": ["a8b0s2", "dense"], "key_bits": 8, "value_bits": 4, "window": 0, "shortest": 32,
     }  # fmt: skip
     model = autocomp.load(folder)
     ids = torch.arange(40)[None] + 5
