@@ -128,7 +128,7 @@ def joint(runs: Mapping[str, Path]) -> None:
         )
         for kind, row in points.items()
     }
-    budgets = [90, 100, 120, 150, 200, 250, 300]
+    budgets = [80, 125, 150, 200, 250, 300, 350]
     within = {
         kind: {b: min((kl for m, kl in row if m <= b), default=None) for b in budgets}
         for kind, row in points.items()
