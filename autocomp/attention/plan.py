@@ -66,10 +66,6 @@ class Rule:
         """
         return 0 if self == DENSE else max(1, round(self.alpha + self.beta * tokens) - self.sink)
 
-    def is_dense(self, tokens: int) -> bool:
-        """Whether nothing of an input of ``tokens`` is dropped."""
-        return self == DENSE or self.span(tokens) >= tokens
-
 
 DENSE = Rule(0, 1.0, 0)
 

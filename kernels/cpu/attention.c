@@ -242,12 +242,6 @@ void ac_decode(const ac_cache *c, const float *q, float *out, const int32_t *len
     ac_region((int)threads, decode_body, &x);
 }
 
-/* One token of all sequences and heads into the cache. */
-void ac_append(const ac_cache *c, const float *k, const float *v, int64_t position) {
-    for (int64_t pair = 0; pair < c->batch * c->kv_heads; pair++)
-        ac_cache_append(c, k, v, position, pair / c->kv_heads, pair % c->kv_heads);
-}
-
 /* One token of all sequences and heads, number positions[b] (0-based) of its own sequence. */
 void ac_append_each(const ac_cache *c, const float *k, const float *v, const int32_t *positions) {
     for (int64_t pair = 0; pair < c->batch * c->kv_heads; pair++)
