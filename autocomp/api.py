@@ -26,6 +26,8 @@ from autocomp.trial import Fidelity, Measurement, Trial
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from autocomp.diffusion.loaded import DiffusionModel
+
 JobLike = Job | Mapping[str, Any] | str | Path
 
 
@@ -147,17 +149,25 @@ def export(run_dir: str | Path, select: str, *, format: str = "native", out: str
     return Path(out)
 
 
-def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
-    """A model from a native export, on ``device``, running on the kernels; ``model.generate`` works.
+def load(folder: str | Path, device: str = "auto") -> PreTrainedModel | DiffusionModel:
+    """A model from an export on ``device``, running on the kernels: of a ``native`` export the language model
+    (``model.generate`` works), of a ``diffusers`` one a ``DiffusionModel`` (``model.sample`` works).
 
     Raises:
-        ExportError: the folder is no native export, or was written by a newer version.
+        ExportError: the folder is no such export, or was written by a newer version.
     """
-    if not Path(folder).is_dir():
+    from autocomp.exporters.base import export_format
+
+    path = Path(folder)
+    if not path.is_dir():
         raise ExportError(f"there is no folder {str(folder)!r}")
+    if export_format(path) == "autocomp-diffusers":
+        from autocomp.diffusion.loaded import load_diffusion
+
+        return load_diffusion(path, device)
     from autocomp.exporters.native import load_native
 
-    return load_native(Path(folder), device)
+    return load_native(path, device)
 
 
 def as_job(job: JobLike, overrides: Sequence[str] = ()) -> Job:

@@ -174,7 +174,9 @@ def export(
     run_dir: RunDir,
     select: Select,
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    format: Annotated[str, typer.Option("--format", help="native, compressed-tensors, ...")] = "native",
+    format: Annotated[
+        str, typer.Option("--format", help="native, compressed-tensors, diffusers, ...")
+    ] = "native",
 ) -> None:
     """Write one point of a front as a model folder."""
     from autocomp import api
@@ -184,12 +186,19 @@ def export(
     if format == "native":
         typer.echo(f"load it with: model = autocomp.load({str(written)!r})")
         typer.echo(f"try it with:  autocomp generate {written} 'Why is the sky blue?'")
+    elif format == "diffusers":
+        typer.echo(f"load it with: model = autocomp.load({str(written)!r}); images = model.sample(16)")
+        typer.echo(f"look at it:   autocomp generate {written} --out samples.png")
 
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A native export, or any Hugging Face model folder.")],
-    prompt: Annotated[str, typer.Argument(help="What to continue or, for chat models, to answer.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A native or diffusers export, or any Hugging Face model folder.")
+    ],
+    prompt: Annotated[
+        str, typer.Argument(help="What to continue or, for chat models, to answer; none for image models.")
+    ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
@@ -197,9 +206,18 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
     ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Image models: how many images.")] = 64,
+    out: Annotated[Path, typer.Option(help="Image models: the picture to write.")] = Path("samples.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Let a model write, on the runtime that a search measures, and say how fast it was."""
+    """Let a model write or draw, on the runtime that a search measures, and say how fast it was."""
+    from autocomp.exporters.base import export_format
+
+    if export_format(folder) == "autocomp-diffusers":
+        _generate_images(folder, images, out, threads, seed, as_json)
+        return
+    if not prompt:
+        raise JobError(f"{str(folder)!r} is no export of an image model, so it needs a prompt")
     from dataclasses import asdict
 
     from autocomp.serving.generate import generate_text
@@ -219,6 +237,27 @@ def generate(
     )
     if found.reason:
         typer.echo(f"[not lean: {found.reason}]", err=True)
+
+
+def _generate_images(folder: Path, images: int, out: Path, threads: int, seed: int, as_json: bool) -> None:
+    """Write a picture of samples of a diffusers export, and say how long they took."""
+    import time
+
+    from autocomp.diffusion.loaded import load_diffusion
+    from autocomp.workloads.serving import cpu_threads
+
+    model = load_diffusion(folder)
+    with cpu_threads(threads):
+        began = time.perf_counter()
+        model.save_grid(out, images, seed=seed)
+        image_ms = (time.perf_counter() - began) * 1e3 / images
+    steps = len(model.schedule)
+    if as_json:
+        found = {"picture": str(out), "images": images, "steps": steps, "image_ms": image_ms}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(f"wrote {out}")
+        typer.echo(f"[{images} images of {steps} steps at {image_ms:.2f} ms each]", err=True)
 
 
 @app.command()

@@ -29,6 +29,9 @@ class Description:
         resources: decision -> option -> costs, kernel calls and executing backend.
         metrics: metric -> True when smaller is better: everything that a measurement will hold.
         timing: the metrics among them that need kernels (latency), hence an executing backend.
+        rows: timing metrics that kernel times add up to -> rows of a kernel's input, and passes of the model
+            that the metric stands for (see ``Workload.kernel_rows``).
+        counts: the metrics among them that no sensitivity stands for (calls of a model, for one image).
         profiles: kinds of profile that the worker offers.
         export_limits: exporter -> reasons why it can't hold the most compressed candidate.
         device: name of the device, threads included.
@@ -48,6 +51,8 @@ class Description:
     versions: Mapping[str, str] = field(default_factory=dict)
     export_limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         resources = {
@@ -67,6 +72,8 @@ class Description:
             "versions": dict(self.versions),
             "export_limits": {k: list(v) for k, v in self.export_limits.items()},
             "notes": list(self.notes),
+            "counts": list(self.counts),
+            "rows": {metric: list(row) for metric, row in self.rows.items()},
         }
 
     @classmethod
@@ -88,4 +95,6 @@ class Description:
             versions=data["versions"],
             export_limits={k: tuple(v) for k, v in data["export_limits"].items()},
             notes=tuple(data.get("notes", ())),
+            counts=tuple(data.get("counts", ())),
+            rows={metric: (rows, passes) for metric, (rows, passes) in data.get("rows", {}).items()},
         )

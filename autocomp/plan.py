@@ -58,7 +58,7 @@ def make_plan(
         if (table := description.exact.get(c.metric)) is not None
         for budget in [_budget(table, c, space)]
     ]
-    known = {*description.exact, *description.timing}
+    known = {*description.exact, *description.timing, *description.counts}
     quality = tuple(dict.fromkeys(m for m in named if m not in known))
     told = (*(description.notes if timing else ()), *notes)
     return Plan(space.with_constraints(budgets), baselines, quality, timing, told)
@@ -160,9 +160,9 @@ def _as_quality(
     for storage or shun it. A clear difference stays: per-row 4 bits can lose to grouped 3 bits.
 
     A metric at one length (``kl_1024``) takes the rows that were profiled there (``{decision}@1024``), and
-    the plain ones of decisions that have none.
+    the plain ones of decisions that have none; a metric may have rows of its own (``{decision}@content``).
     """
-    table = _within(_at_length(sensitivity, metric), space)
+    table = _within(_own_rows(_at_length(sensitivity, metric), metric), space)
     sign = 1.0 if smaller_is_better else -1.0
     costs = {}
     for name, row in table.costs.items():
@@ -183,11 +183,14 @@ def _at_lengths(sensitivity: AdditiveTable, metric: str) -> list[str]:
 def _at_length(table: AdditiveTable, metric: str) -> AdditiveTable:
     """The table with the rows of the metric's own length in place of the plain ones."""
     length = metric.rpartition("_")[2]
-    if not length.isdigit():
-        return table
+    return _own_rows(table, length) if length.isdigit() else table
+
+
+def _own_rows(table: AdditiveTable, mark: str) -> AdditiveTable:
+    """The table with the rows ``{decision}@{mark}`` in place of the plain ones."""
 
     def own(rows: Mapping[str, Mapping[Value, float]]) -> dict[str, Mapping[Value, float]]:
-        end = f"@{length}"
+        end = f"@{mark}"
         return {**rows, **{n.removesuffix(end): row for n, row in rows.items() if n.endswith(end)}}
 
     return AdditiveTable(table.metric, table.base, own(table.costs), own(table.stderr), table.exact)

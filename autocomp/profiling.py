@@ -16,7 +16,7 @@ from autocomp.predictors import influence, sensitivity
 from autocomp.profile import ProfileRequest, ProfileResult
 from autocomp.search_spaces.base import Part
 from autocomp.space import Candidate, Decision, Value
-from autocomp.trial import Fidelity
+from autocomp.trial import Estimate, Fidelity
 from autocomp.workloads.serving import cpu_threads
 
 if TYPE_CHECKING:
@@ -56,9 +56,14 @@ class Profiler:
         """Each space's own way to profile where the method has one; otherwise single changes are measured."""
         weights, attention = self._profiled_by("weights"), self._profiled_by("attention")
         rest = self._profiled_by("")
+        image = self._profiled_by("image_attention")
         folds = max(1, 4 // request.shards)
         results = [ProfileResult(request.kind, {})]
-        if method in sensitivity.GRADIENT_METHODS and weights:
+        if method == "first_order" and image:
+            results.append(self._image_attention(request))
+        else:
+            rest = [*rest, *image]
+        if method in sensitivity.GRADIENT_METHODS and weights and hasattr(self.workload, "inputs"):
             ids = self.workload.inputs(self.built, "calibration", self.worker.calibration_size())
             mine = ids[request.shard :: request.shards]
             results.append(
@@ -77,8 +82,26 @@ class Profiler:
             rest = [*rest, *attention]
         mine_decisions = rest[request.shard :: request.shards]
         if mine_decisions:
-            results.append(sensitivity.measured_sensitivity(mine_decisions, self._single_change))
+            results += self._measured(mine_decisions)
         return ProfileResult.merge([replace(r, kind=request.kind) for r in results])
+
+    def _image_attention(self, request: ProfileRequest) -> ProfileResult:
+        """What attention rules add to a diffusion model's output, from this shard's decisions."""
+        from autocomp.predictors.image_influence import attention_influence
+
+        started = time.perf_counter()
+        size = self.worker.calibration_size()
+        self.worker.ensure_teacher(Fidelity("sensitivity", "calibration", size, timing=False))
+        self.worker.restore()
+        questions = [
+            s.question(self.built.site, d)  # type: ignore[attr-defined]
+            for s in self.worker.spaces
+            if s.profiled_by == "image_attention"
+            for d in self.decisions[s.name][request.shard :: request.shards]
+        ]
+        calls = self.built.state["trajectories"].batches
+        rows = attention_influence(self.built.state["denoisers"][""], calls, questions) if questions else {}
+        return ProfileResult(request.kind, rows, time.perf_counter() - started)
 
     def _profiled_by(self, way: str) -> list[Decision]:
         return [d for s in self.worker.spaces if s.profiled_by == way for d in self.decisions[s.name]]
@@ -180,12 +203,28 @@ class Profiler:
         kept = {n: row for n, row in rows.items() if base or n.partition("@")[0] != sensitivity.BASE}
         return ProfileResult(request.kind, kept, time.perf_counter() - started)
 
-    def _single_change(self, name: str, option: Value) -> tuple[float, int]:
+    def _measured(self, decisions: Sequence[Decision]) -> list[ProfileResult]:
+        """Losses of single changes: rows ``{decision}`` for the workload's first sensitivity metric, and
+        ``{decision}@{metric}`` for the metrics that the others stand for."""
+        scores = {(d.name, o): self._single_change(d.name, o) for d in decisions for o in d.options}
+        results = []
+        for i, metric in enumerate(self.workload.sensitivity_metrics):
+
+            def loss(name: str, option: Value, metric: str = metric) -> tuple[float, int]:
+                found = scores[name, option][metric]
+                return found.value, found.n
+
+            result = sensitivity.measured_sensitivity(decisions, loss)
+            end = f"@{metric.removesuffix('_loss')}" if i else ""
+            results.append(replace(result, rows={name + end: row for name, row in result.rows.items()}))
+        return results
+
+    def _single_change(self, name: str, option: Value) -> Mapping[str, Estimate]:
         fidelity = Fidelity("sensitivity", "calibration", self.worker.calibration_size(), timing=False)
         self.worker.ensure_teacher(fidelity)
         self.worker.apply(self.worker.uncompressed.replace({name: option}), serving=False)
         metrics, _ = self.workload.score(self.built, fidelity)
-        return metrics["kl"].value, metrics["kl"].n
+        return metrics
 
     def _operations(
         self, request: ProfileRequest, keys: Sequence[str], metrics: Mapping[str, int]

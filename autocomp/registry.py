@@ -72,20 +72,26 @@ WORKLOADS = Registry(
     "workload",
     {
         "causal_lm": "autocomp.workloads.causal_lm:CausalLM",
+        "diffusion": "autocomp.workloads.diffusion:Diffusion",
         "long_context": "autocomp.workloads.long_context:LongContext",
     },
 )
 SPACES = Registry(
     "space",
     {
+        "activations": "autocomp.search_spaces.activations:Activations",
         "attention": "autocomp.search_spaces.attention:Attention",
         "bitwidths": "autocomp.search_spaces.bitwidths:Bitwidths",
+        "checkpoints": "autocomp.search_spaces.checkpoints:Checkpoints",
+        "diffusion_attention": "autocomp.search_spaces.diffusion_attention:DiffusionAttention",
+        "schedules": "autocomp.search_spaces.schedules:Schedules",
     },
 )
 EXPORTERS = Registry(
     "exporter",
     {
         "compressed-tensors": "autocomp.exporters.compressed_tensors:CompressedTensorsExporter",
+        "diffusers": "autocomp.exporters.diffusers:DiffusersExporter",
         "native": "autocomp.exporters.native:NativeExporter",
     },
 )

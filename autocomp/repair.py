@@ -16,6 +16,7 @@ from autocomp.space import (
     LinearBudget,
     Ordered,
     SearchSpace,
+    Slots,
     SpaceConstraint,
     SumTo,
     Tied,
@@ -26,7 +27,7 @@ Values = dict[str, Value]
 
 
 def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) -> Values:
-    """Repair in the order domain, order/sum, distinctness, ties, budgets.
+    """Repair in the order domain, slots, order/sum, distinctness, ties, budgets.
 
     Budgets come last and move tied decisions together, so that they keep what was repaired before.
     A budget that no assignment can meet is left violated; callers ask ``space.violations``.
@@ -40,7 +41,7 @@ def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) 
     # Ties before distinctness: a decision may stand in both kinds.
     ties = [Tied(names) for names in moving_groups(space) if len(names) > 1]
     # Distinctness twice: where not all pieces combine, one constraint's repair may undo another's.
-    for kind in (Ordered, SumTo, Tied, AtMostDistinct, Tied, AtMostDistinct):
+    for kind in (Slots, Ordered, SumTo, Tied, AtMostDistinct, Tied, AtMostDistinct):
         among: Sequence[SpaceConstraint] = ties if kind is Tied else space.constraints
         for constraint in among:
             if isinstance(constraint, kind):
@@ -53,8 +54,41 @@ def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) 
 
 def _repair_order(c: Ordered, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:
     used = [n for n in c.names if values[n] is not None]
-    ranked = sorted((float(values[n]) for n in used), reverse=c.descending)  # type: ignore[arg-type]
-    values.update(zip(used, ranked, strict=True))
+    rising = sorted(float(values[n]) for n in used)  # type: ignore[arg-type]
+    if c.gap and used:
+        domains = [d for n in used if isinstance(d := space.by_name[n].domain, Interval)]
+        rising = spaced(rising, c.gap, max(d.low for d in domains), min(d.high for d in domains))
+    values.update(zip(used, rising[::-1] if c.descending else rising, strict=True))
+
+
+def spaced(rising: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The rising numbers within ``[low, high]``, at least ``gap`` apart: pushed up, then down from ``high``.
+    Where there is no room for all of them, the first ones stay at ``low`` together.
+    """
+    found = [max(low, x) for x in rising]
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + gap)
+    ceiling = high
+    for i in reversed(range(len(found))):
+        found[i] = max(low, min(found[i], ceiling))
+        ceiling = found[i] - gap
+    return found
+
+
+def _repair_slots(c: Slots, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:
+    """Bring used slots to the front as wholes (where they are packed) and unused ones to rest."""
+    del rng
+    rows = [[values[n] for n in group] for group in c.groups]
+    used = [row for row in rows if row[0] is not None]
+    if c.packed:
+        rows = used + [row for row in rows if row[0] is None]
+    for group, row in zip(c.groups, rows, strict=True):
+        wanted = row if row[0] is not None else [None, *c.rest]
+        for name, value in zip(group, wanted, strict=True):
+            domain = space.by_name[name].domain
+            # A slot that moved may bring an option that its new place lacks: the last one there is nearest.
+            lacking = isinstance(domain, Choice) and not domain.contains(value)
+            values[name] = domain.options[-1] if lacking and isinstance(domain, Choice) else value
 
 
 def _repair_sum(c: SumTo, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:
@@ -133,6 +167,7 @@ def _changed(a: Value, b: Value) -> int:
 
 
 _REPAIRS: dict[type, Callable[[Any, Values, np.random.Generator, SearchSpace], None]] = {
+    Slots: _repair_slots,
     Ordered: _repair_order,
     SumTo: _repair_sum,
     Tied: _repair_tied,

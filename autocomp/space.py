@@ -270,18 +270,52 @@ class SumTo:
 
 @dataclass(frozen=True)
 class Ordered:
-    """The named floats, read in order and skipping ``None``, never rise (timesteps of a sampler)."""
+    """The named floats, read in order and skipping ``None``, never rise (timesteps of a sampler).
+
+    With ``gap`` they fall by at least that much from one to the next.
+    """
 
     names: tuple[str, ...]
     descending: bool = True
+    gap: float | None = None
 
     def violation(self, values: Mapping[str, Value]) -> float:
         used = [float(values[n]) for n in self.names if values[n] is not None]  # type: ignore[arg-type]
-        sign = 1.0 if self.descending else -1.0
-        return sum(max(0.0, sign * (b - a)) for a, b in pairwise(used))
+        sign, gap = (1.0 if self.descending else -1.0), (self.gap or 0.0) * (1 - 1e-9)
+        return sum(max(0.0, sign * (b - a) + gap) for a, b in pairwise(used))
 
 
-SpaceConstraint = Tied | AtMostDistinct | LinearBudget | SumTo | Ordered
+@dataclass(frozen=True)
+class Slots:
+    """Decisions in equal groups, a slot each, that a ``None`` of the slot's first decision switches off.
+
+    What the other decisions of an unused slot say makes no difference, so they stand at ``rest``; with
+    ``packed`` the unused slots come last. Equal things are then equal candidates.
+    """
+
+    names: tuple[str, ...]
+    rest: tuple[Value, ...] = ()
+    packed: bool = False
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of each slot, its switch first."""
+        width = 1 + len(self.rest)
+        return [self.names[i : i + width] for i in range(0, len(self.names), width)]
+
+    def violation(self, values: Mapping[str, Value]) -> float:
+        unused = [values[g[0]] is None for g in self.groups]
+        moved = sum(
+            repr(values[n]) != repr(r)
+            for g, off in zip(self.groups, unused, strict=True)
+            if off
+            for n, r in zip(g[1:], self.rest, strict=True)
+        )
+        holes = sum(a and not b for a, b in pairwise(unused)) if self.packed else 0
+        return float(moved + holes)
+
+
+SpaceConstraint = Tied | AtMostDistinct | LinearBudget | SumTo | Ordered | Slots
 
 
 @dataclass(frozen=True)
@@ -421,7 +455,7 @@ def _constraint_text(constraint: SpaceConstraint, values: Mapping[str, Value]) -
     return f"{kind}({shown}...) is off by {constraint.violation(values):.3g}"
 
 
-_KINDS: dict[str, type] = {k.__name__: k for k in (Tied, AtMostDistinct, SumTo, Ordered)}
+_KINDS: dict[str, type] = {k.__name__: k for k in (Tied, AtMostDistinct, SumTo, Ordered, Slots)}
 
 
 def space_to_json(space: SearchSpace) -> dict[str, Any]:

@@ -208,24 +208,17 @@ class Study:
                 )
             self._say("phase", f"profiling sensitivities ({method})")
             profiles["sensitivity"] = self._profile(kind).table("sensitivity")
-        latency = [m for m in self.plan.timing if m in ("prefill_ms", "decode_ms")]
+        keys = operation_keys(self.description)
+        latency = [m for m in self.plan.timing if m in self.description.rows and keys]
         if latency:
             self._say("phase", "timing the kernels of every option")
-            times = self._profile(
-                "operations", keys=operation_keys(self.description), metrics=self._tokens(latency)
-            )
+            rows = {m: self.description.rows[m][0] for m in latency}
+            times = self._profile("operations", keys=keys, metrics=rows)
             profiles |= {m: self._latency(times, m) for m in latency}
         problem = make_problem(
             self.plan, self.description, self.objectives, self.constraints, profiles, self.job.searcher.seed
         )
         return replace(problem, local=self._local_models(problem))
-
-    def _tokens(self, metrics: Sequence[str]) -> dict[str, int]:
-        """Rows of a kernel's input for each latency metric: one token a sequence, or the whole prompt."""
-        scenario = self.job.workload.get("scenario", {})
-        batch = int(scenario.get("batch", 1))
-        tokens = {"decode_ms": batch, "prefill_ms": batch * int(scenario.get("prompt_tokens", 256))}
-        return {m: tokens[m] for m in metrics}
 
     def _latency(self, times: ProfileResult, metric: str) -> AdditiveTable:
         table = latency_table(self.description, times, metric)

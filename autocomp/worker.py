@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from autocomp.description import Description
-from autocomp.errors import CapabilityError, ExportError
+from autocomp.errors import CapabilityError, ExportError, JobError
 from autocomp.exporters.base import Exporter
 from autocomp.job import Job
 from autocomp.measure import device as devices
@@ -81,7 +81,14 @@ class ModelWorker:
     # -- describe ---------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """The driver's picture of this job, as ``Description.to_json``."""
+        """The driver's picture of this job, as ``Description.to_json``.
+
+        Raises:
+            JobError: an objective or constraint names a metric for which the workload lacks something.
+        """
+        for metric, reason in self.workload.unavailable.items():
+            if metric in self._named():
+                raise JobError(f"the job asks for {metric}: {reason}")
         kind = self.device.split(":")[0]
         resources = {
             d.name: {o: s.resources(self.built.site, d, o, kind) for o in d.options}
@@ -90,7 +97,7 @@ class ModelWorker:
         }
         space, exact = self._search_space, exact_tables(self.built.site, resources)
         metrics = {**self.workload.quality_metrics, **dict.fromkeys(self.workload.timing_metrics, True)}
-        metrics |= dict.fromkeys(exact, True)
+        metrics |= {**self.workload.counts, **dict.fromkeys(exact, True)}
         return Description(
             site=self.built.site,
             space=space,
@@ -99,7 +106,9 @@ class ModelWorker:
             resources=resources,
             metrics=metrics,
             timing=tuple(self.workload.timing_metrics),
-            profiles=(*(f"sensitivity:{m}" for m in METHODS), *self._local_profiles()),
+            counts=tuple(self.workload.counts),
+            rows=self.workload.kernel_rows(self.built),
+            profiles=(*(f"sensitivity:{m}" for m in self._methods()), *self._local_profiles()),
             device=devices.device_name(self.device, self.timing_threads()),
             versions=devices.software_versions(),
             export_limits=self._export_limits(space),
@@ -115,15 +124,26 @@ class ModelWorker:
         return (f"latency is that of the {runtime} runtime: {reason}",) if reason else ()
 
     def _latency_matters(self) -> bool:
-        named = {
+        return not self._named().isdisjoint(self.workload.timing_metrics)
+
+    def _named(self) -> set[str]:
+        """Metrics of the job's objectives and constraints."""
+        return {
             *(Objective.parse(o).metric for o in self.job.objectives),
             *(Constraint.parse(c).metric for c in self.job.constraints),
         }
-        return not named.isdisjoint(self.workload.timing_metrics)
+
+    def _methods(self) -> tuple[str, ...]:
+        """Ways to profile sensitivities: all but single changes need calibration sequences of tokens, or the
+        recorded calls of a diffusion model with attention to decide."""
+        if hasattr(self.workload, "inputs"):
+            return METHODS
+        image = any(s.profiled_by == "image_attention" for s in self.spaces)
+        return ("measured", "first_order") if image else ("measured",)
 
     def _export_limits(self, space: SearchSpace) -> dict[str, tuple[str, ...]]:
         """Exporter -> why it can't hold the most compressed candidate; without those that can."""
-        smallest = Candidate.of({d.name: d.options[0] for d in space if d.options})
+        smallest = self._neutral().replace({d.name: d.options[0] for d in space if d.options})
         limits = {name: tuple(EXPORTERS.get(name)().supports(self, smallest)) for name in EXPORTERS.names()}
         return {name: reasons for name, reasons in limits.items() if reasons}
 
@@ -148,12 +168,10 @@ class ModelWorker:
                     yield candidate
 
     def _neutral(self) -> Candidate:
-        """Every decision at its neutral option, or at its largest where the neutral one is not offered."""
-        by_name, whole = self._search_space.by_name, self.uncompressed.values
-        offered = {
-            n: v if by_name[n].domain.contains(v) else by_name[n].options[-1] for n, v in whole.items()
-        }
-        return Candidate.of(offered)
+        """Every decision at its neutral option, or at what comes nearest where that is not offered."""
+        return Candidate.of(
+            {d.name: s.offered_neutral(d) for s in self.spaces for d in self.decisions[s.name]}
+        )
 
     @cached_property
     def uncompressed(self) -> Candidate:
@@ -190,7 +208,7 @@ class ModelWorker:
             self.ensure_teacher(level)
             self.apply(wanted, serving=False)
             metrics, tokens = self.workload.score(self.built, level)
-        metrics |= self._exact(wanted)
+        metrics |= self.workload.exact(self.built, self._exact(wanted))
         details: dict[str, Any] = {}
         if level.timing and not self._unexecutable(wanted):
             timed, details = self._time(wanted, thorough=level.name == "report")

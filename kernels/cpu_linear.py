@@ -62,13 +62,18 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ac_weight_rows": [_WEIGHT, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int],
     "ac_linear_variant": [],
 }
-_RESULTS = {"ac_linear": ctypes.c_int, "ac_linear_variant": ctypes.c_char_p}
+_ARGUMENTS["ac_linear_a8"] = _ARGUMENTS["ac_linear"]
+_RESULTS = {
+    "ac_linear": ctypes.c_int,
+    "ac_linear_a8": ctypes.c_int,
+    "ac_linear_variant": ctypes.c_char_p,
+}
 
 
 @cache
 def _function(name: str) -> Any:
-    """A function of the C library with its types declared."""
-    function = getattr(native.load("linear"), name)
+    """A function of the C libraries with its types declared."""
+    function = getattr(native.load("linear_a8" if name.endswith("_a8") else "linear"), name)
     function.argtypes, function.restype = _ARGUMENTS[name], _RESULTS.get(name)
     return function
 
@@ -121,14 +126,11 @@ class CpuBackend:
     def linear(self, x: torch.Tensor, state: WeightState) -> torch.Tensor:
         if len(x) >= _dense_rows():
             return _linear_by_pieces(x.to(torch.bfloat16), state).to(x.dtype)
-        if x.dtype is torch.float16:
-            return self.linear(x.float(), state).to(torch.float16)
-        rows = len(x)
-        y = x.new_empty(rows, state.shape[0])
-        run, weight = _function("ac_linear"), native_weight(state)
-        if run(weight, x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], torch.get_num_threads()):
-            raise MemoryError(f"no memory for the work space of {rows} rows of activations; use fewer")
-        return y
+        return _multiply("ac_linear", x, state)
+
+    def linear_a8(self, x: torch.Tensor, state: WeightState) -> torch.Tensor:
+        """``linear`` on activations of 8 bits (see ``ops.linear_wna8``), from the same state."""
+        return _multiply("ac_linear_a8", x, state)
 
     def rows(self, index: torch.Tensor, state: WeightState) -> torch.Tensor:
         index = index.to(torch.int64).contiguous()
@@ -137,6 +139,18 @@ class CpuBackend:
         run, weight = _function("ac_weight_rows"), native_weight(state)
         run(weight, index.data_ptr(), len(index), out.data_ptr(), threads)
         return out
+
+
+def _multiply(name: str, x: torch.Tensor, state: WeightState) -> torch.Tensor:
+    """``x @ W.T`` for contiguous ``x [M, K]`` by the C function called ``name``."""
+    if x.dtype is torch.float16:
+        return _multiply(name, x.float(), state).to(torch.float16)
+    rows = len(x)
+    y = x.new_empty(rows, state.shape[0])
+    run, weight = _function(name), native_weight(state)
+    if run(weight, x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], torch.get_num_threads()):
+        raise MemoryError(f"no memory for the work space of {rows} rows of activations; use fewer")
+    return y
 
 
 def native_weight(state: WeightState) -> AcWeight:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autocomp.kernels.backend import Backend, WeightState
-from autocomp.kernels.ops import choose, linear_wna16, prepack
+from autocomp.kernels.ops import choose, linear_wna8, linear_wna16, prepack
 from autocomp.kernels.reference import REFERENCE, to_quantized
 from autocomp.quantize.tensor import QuantizedTensor
 
@@ -53,6 +53,9 @@ class PackedLinear(PackedModule):
         ValueError: the bias doesn't have N elements, or the scheme is ``w16``.
     """
 
+    #: 16, or 8 where the backend has ``linear_a8``; may be changed between calls, the weight is the same.
+    activation_bits: int = 16
+
     def __init__(
         self,
         weight: QuantizedTensor,
@@ -83,6 +86,8 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` in any float dtype and strides -> ``[..., out]`` in the same dtype."""
+        if self.activation_bits == 8:
+            return linear_wna8(x, self.state, self.bias)
         return linear_wna16(x, self.state, self.bias)
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -36,7 +37,7 @@ FLAGS = (
     "-Wall",
 )
 REQUIRES = {"pool": (), "linear": ("pool",), "attention": ("pool",), "activations": ("pool",)}
-REQUIRES |= {"attention_tiles": ("pool",)}
+REQUIRES |= {"attention_tiles": ("pool",), "linear_a8": ("pool",)}
 REQUIRES |= {"moe": ("pool", "linear"), "step": ("pool", "linear", "attention")}
 """Source -> sources whose functions it calls; these are loaded first."""
 COMPILE_SECONDS = 300
@@ -150,9 +151,18 @@ def _identity(compiler: str) -> str:
 
 def _key(name: str, compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256("\0".join([*flags, _identity(compiler)]).encode())
-    for file in [SOURCES / f"{name}.c", *sorted(SOURCES.glob("*.h"))]:
-        digest.update(file.read_bytes())
+    for file in _sources(f"{name}.c"):
+        digest.update((SOURCES / file).read_bytes())
     return digest.hexdigest()[:20]
+
+
+def _sources(name: str) -> list[str]:
+    """A source file and all that it includes of our own, in order of first use."""
+    found = [name]
+    for file in found:
+        included = re.findall(r'^#include "([^"]+)"', (SOURCES / file).read_text(), re.MULTILINE)
+        found += [other for other in dict.fromkeys(included) if other not in found]
+    return found
 
 
 def _compile(name: str, compiler: str, flags: tuple[str, ...], library: Path) -> Path:

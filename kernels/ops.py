@@ -11,9 +11,10 @@ from functools import lru_cache
 
 import torch
 
+from autocomp.kernels import native
 from autocomp.kernels.aten import Int4Backend, Int8Backend
 from autocomp.kernels.backend import DECODE_TOKENS, Backend, WeightState
-from autocomp.kernels.cpu_linear import CpuBackend
+from autocomp.kernels.cpu_linear import CHUNK, CpuBackend
 from autocomp.kernels.library import Operator
 from autocomp.kernels.reference import REFERENCE
 from autocomp.kernels.triton.linear import TRITON
@@ -22,6 +23,9 @@ from autocomp.quantize.tensor import QuantizedTensor
 
 SELF_CHECK_ERROR = 1.2e-2
 """Largest accepted relative Frobenius error against the reference (about 4 bfloat16 roundings)."""
+
+A8_GROUP = CHUNK
+"""Features of a token that share a scale when activations are rounded."""
 
 _DEVICE_TYPES = ("cpu", "cuda")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -205,12 +209,8 @@ def linear_wna16(x: torch.Tensor, weight: WeightState, bias: torch.Tensor | None
     Raises:
         ValueError: the last dimension isn't K, or ``x`` lies on another device.
     """
-    rows, columns = weight.shape
-    if x.shape[-1] != columns:
-        raise ValueError(f"the packed weight takes {columns} input features; got {tuple(x.shape)}")
-    if x.device.type != weight.device.type:
-        raise ValueError(f"input on {x.device}, packed weight on {weight.device}: pack again for that device")
-    flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, columns).contiguous()
+    rows = weight.shape[0]
+    flat = _rows_of(x, weight)
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], rows)
     traced = torch.compiler.is_compiling() or type(x) not in _PLAIN
@@ -218,6 +218,52 @@ def linear_wna16(x: torch.Tensor, weight: WeightState, bias: torch.Tensor | None
     if bias is not None:
         y.add_(bias)
     return y if flat is x else y.view(*x.shape[:-1], rows)
+
+
+def _rows_of(x: torch.Tensor, weight: WeightState) -> torch.Tensor:
+    """``x [..., K]`` as contiguous ``[M, K]``; raises ``ValueError`` where it does not fit the weight."""
+    columns = weight.shape[1]
+    if x.shape[-1] != columns:
+        raise ValueError(f"the packed weight takes {columns} input features; got {tuple(x.shape)}")
+    if x.device.type != weight.device.type:
+        raise ValueError(f"input on {x.device}, packed weight on {weight.device}: pack again for that device")
+    return x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, columns).contiguous()
+
+
+def linear_wna8(x: torch.Tensor, weight: WeightState, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``linear_wna16`` on activations of 8 bits, from the same packed weight.
+
+    Each token's features are rounded to int8 in groups of ``A8_GROUP``, with one scale a group: with ``a``
+    the largest magnitude, ``s = a / 127`` and ``q = round_half_even(x * (127 / a))``. Not calibrated.
+    Outliers of the weight meet the activations as they are. Not for graphs.
+
+    Raises:
+        ValueError: as ``linear_wna16``, or the weight's backend has no kernel for it.
+    """
+    run = getattr(weight.backend, "linear_a8", None)
+    if run is None:
+        raise ValueError(
+            f"the {weight.backend.name} backend multiplies no 8-bit activations; use linear_wna16"
+        )
+    flat = _rows_of(x, weight)
+    rows = weight.shape[0]
+    if len(flat) == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    y: torch.Tensor = run(flat, weight)
+    if bias is not None:
+        y.add_(bias)
+    return y if flat is x else y.view(*x.shape[:-1], rows)
+
+
+def a8_unavailable(device_type: str) -> str:
+    """Why ``linear_wna8`` runs no weight on a device; empty when it runs those of our C backend."""
+    device_type = device_type.split(":")[0]
+    if device_type != "cpu":
+        return (
+            f"8-bit activations with packed weights run on the CPU only, on {device_type} they are simulated;"
+            " use a16, or objectives without latency"
+        )
+    return native.unavailable("linear") or native.unavailable("linear_a8")
 
 
 def _traced(x: torch.Tensor, weight: WeightState) -> torch.Tensor:

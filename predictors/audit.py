@@ -82,7 +82,7 @@ def audit(model: AdditiveTable | Predictor, trials: Sequence[Trial], metric: str
     predicted = predictor.predict([t.candidate for t in used]).mean if used else np.zeros(0)
     spearman, kendall = rank_correlations(predicted, measured)
     crossed, _ = (
-        rank_correlations(_left_out(predictor, used), measured) if len(used) >= ENOUGH else (math.nan, 0)
+        rank_correlations(left_out(predictor, used), measured) if len(used) >= ENOUGH else (math.nan, 0)
     )
     return Audit(name, len(used), spearman, kendall, crossed, _verdict(spearman, crossed, len(used)))
 
@@ -100,7 +100,7 @@ def rank_correlations(predicted: NDArray[np.float64], measured: NDArray[np.float
         return float(spearmanr(a, b).statistic), float(kendalltau(a, b).statistic)
 
 
-def _left_out(predictor: Predictor, trials: Sequence[Trial], folds: int = 5) -> NDArray[np.float64]:
+def left_out(predictor: Predictor, trials: Sequence[Trial], folds: int = 5) -> NDArray[np.float64]:
     """Prediction of each trial by a copy fitted on the other folds (every fifth trial is one fold)."""
     found = np.full(len(trials), math.nan)
     for fold in range(folds):

@@ -33,10 +33,12 @@ def latency_table(
     """Additive table of ``metric`` (ms) from kernel times.
 
     Args:
-        times: rows are operation keys; the option is the metric's name; samples are ms a call.
+        times: rows are operation keys; the option is the metric's name; samples are ms a call. A metric
+            that stands for several passes of the model (``description.rows``) has its sum times their number.
         measured_base: end-to-end ms of the first baseline (uncompressed); sets the overhead. ``None``
             leaves the overhead at zero: differences between candidates are the same.
     """
+    passes = description.rows.get(metric, (1, 1.0))[1]
     costs: dict[str, dict[Value, float]] = {}
     errors: dict[str, dict[Value, float]] = {}
     for name, row in description.resources.items():
@@ -44,9 +46,9 @@ def latency_table(
             if not resources.executes or not all(metric in times.rows.get(op, {}) for op in resources.ops):
                 continue
             moments = [(n, times.rows[op][metric]) for op, n in resources.ops.items()]
-            costs.setdefault(name, {})[option] = sum(n * mean(m) for n, m in moments)
+            costs.setdefault(name, {})[option] = passes * sum(n * mean(m) for n, m in moments)
             variance = sum((n * standard_error(m)) ** 2 for n, m in moments)
-            errors.setdefault(name, {})[option] = variance**0.5
+            errors.setdefault(name, {})[option] = passes * variance**0.5
     table = AdditiveTable(metric, 0.0, costs, errors)
     return table if measured_base is None else rebase(table, description, measured_base)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from autocomp.errors import SpaceError
-from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, SpaceConstraint, Value
+from autocomp.space import AdditiveTable, Candidate, Choice, Decision, SearchSpace, SpaceConstraint, Value
 
 if TYPE_CHECKING:
     from autocomp.workloads.base import Built
@@ -45,6 +45,11 @@ class Part:
         role: ``body``, ``head`` (output projection) or ``embedding``.
         shared_with: path of the part that owns the weight, when this one only borrows it (tied head).
         window: of a ``kv_group``: the last tokens its layer looks at by itself, 0 for all.
+        rows: of a ``linear`` in an image model: rows of its input for each row of the model's (the image's
+            tokens, or 1 where it reads one vector an image); 1 in language models, whose rows are tokens.
+
+    A part of kind ``image_attention`` is a self-attention module over the positions of an image: ``shape`` is
+    ``(heads, features a head, positions)``.
 
     A part of kind ``kv_group`` is one key/value head of an attention module with the query heads that share
     it: ``path`` is that of the module (which is in ``tie``) with ``.kv0``, ``.kv1`` ... behind it, ``shape``
@@ -59,6 +64,7 @@ class Part:
     role: str = "body"
     shared_with: str = ""
     window: int = 0
+    rows: int = 1
 
     @property
     def numel(self) -> int:
@@ -83,6 +89,12 @@ class ModelSite:
         context, batch: tokens and sequences in the caches of the deployment scenario; 0 where there are none.
         lengths: sequence lengths that profiles look at.
         lacking: kind of part that a space might ask for -> why this model has none.
+        image_attention: self-attention modules of an image model (parts of that kind) in execution order.
+        models: names of the models that a schedule may call, the own (empty) first; none without sampling.
+        snapshots: saved checkpoints of the model that the job names.
+        steps: steps of the uncompressed model's schedule; 0 without sampling.
+        guided: whether they are guided: the model's batch is then two halves.
+        scheduler: of a diffusion model: its scheduler's configuration, from which its noise levels follow.
     """
 
     family: str
@@ -95,6 +107,12 @@ class ModelSite:
     lengths: tuple[int, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
     kv_groups: tuple[Part, ...] = ()
+    image_attention: tuple[Part, ...] = ()
+    models: tuple[str, ...] = ()
+    snapshots: int = 0
+    steps: int = 0
+    guided: bool = False
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     def part(self, path: str) -> Part:
         """The part at ``path``. Raises ``SpaceError`` when there is none."""
@@ -105,7 +123,7 @@ class ModelSite:
 
     @cached_property
     def _by_path(self) -> Mapping[str, Part]:
-        return {p.path: p for p in (*self.parts, *self.kv_groups)}
+        return {p.path: p for p in (*self.parts, *self.kv_groups, *self.image_attention)}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,8 +133,9 @@ class ModelSite:
         def parts(name: str) -> tuple[Part, ...]:
             return tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in data.get(name, ()))
 
-        lists = {"parts": parts("parts"), "kv_groups": parts("kv_groups")}
-        return cls(**{**data, **lists, "lengths": tuple(data.get("lengths", ()))})
+        lists = {k: parts(k) for k in ("parts", "kv_groups", "image_attention")}
+        plain = {k: tuple(data.get(k, ())) for k in ("lengths", "models")}
+        return cls(**{**data, **lists, **plain})
 
 
 @dataclass(frozen=True)
@@ -125,14 +144,14 @@ class Resources:
 
     Attributes:
         metrics: exact additive costs by metric (``memory_mb``: 10**6 bytes; ``code_bits``: bits).
-        ops: kernel calls of one forward step: operation key -> number of calls. A key names everything
-            the time depends on except the batch (``linear/576x1536/w4g64``).
+        ops: kernel calls of one forward step: operation key -> number of calls, on average where steps
+            differ. A key names everything the time depends on except the batch (``linear/576x1536/w4g64``).
         executes: backend that runs it on the asked device; empty when it can only be simulated there.
         reason: why not, when ``executes`` is empty, with the remedy.
     """
 
     metrics: Mapping[str, float]
-    ops: Mapping[str, int] = field(default_factory=dict)
+    ops: Mapping[str, float] = field(default_factory=dict)
     executes: str = ""
     reason: str = ""
 
@@ -144,7 +163,8 @@ class Space(ABC):
     stage: ClassVar[Stage]
     Config: ClassVar[type[BaseModel]]
     #: What gives its sensitivities: ``weights`` (the space has ``move``), ``attention`` (its decisions are of
-    #: ``kv_group`` parts), or nothing: then single changes are measured.
+    #: ``kv_group`` parts), ``image_attention`` (it has ``question``), or nothing: then single changes are
+    #: measured.
     profiled_by: ClassVar[str] = ""
 
     def __init__(self, config: BaseModel) -> None:
@@ -184,6 +204,14 @@ class Space(ABC):
     @abstractmethod
     def neutral(self, decision: Decision) -> Value:
         """The option that leaves the model as it was."""
+
+    def offered_neutral(self, decision: Decision) -> Value:
+        """The neutral option, or what comes nearest to it where that is not on offer: the last (largest)
+        option, the middle of an interval."""
+        domain, value = decision.domain, self.neutral(decision)
+        if domain.contains(value):
+            return value
+        return domain.options[-1] if isinstance(domain, Choice) else 0.5 * (domain.low + domain.high)
 
 
 def exact_tables(

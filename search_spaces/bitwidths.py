@@ -159,7 +159,7 @@ class Bitwidths(Space):
     def _decision(self, key: str, parts: Sequence[Part], options: Sequence[str]) -> Decision:
         blocks = {p.block for p in parts}
         sites = tuple(p.path for p in parts)
-        name = f"{self.name}/{_common_name(sites, key)}"
+        name = f"{self.name}/{common_name(sites, key)}"
         block = blocks.pop() if len(blocks) == 1 else None
         return Decision(name, Choice(tuple(options), ordered=True), sites, self.name, block)
 
@@ -212,7 +212,7 @@ class Bitwidths(Space):
                 )
                 bits, numel = bits + scheme.bits * part.numel, numel + part.numel
             if part.kind == "linear":
-                key = op_key((rows, columns), scheme)
+                key = op_key((rows, columns), scheme, rows=part.rows)
                 ops[key] = ops.get(key, 0) + 1
                 found = capability(scheme, (rows, columns), device)
                 backends.append(found.backend)
@@ -243,7 +243,7 @@ class Bitwidths(Space):
         return WeightSwapper.of(built).move(part.path, str(here), str(there), self.config.method)
 
 
-def _common_name(sites: Sequence[str], key: str) -> str:
+def common_name(sites: Sequence[str], key: str) -> str:
     """A readable name: the path itself, or the shared prefix with the differing ends joined by ``+``."""
     if len(sites) == 1:
         return sites[0]

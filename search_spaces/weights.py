@@ -93,6 +93,10 @@ class WeightSwapper:
         self.labels, self.serving = {}, False
         self.built.changed.discard("weights")
 
+    def forget(self) -> None:
+        """The restored originals have new content (merged checkpoints): forget what is known of them."""
+        self._hashes.clear()
+
     def quantized(self, path: str, label: str, method: str) -> QuantizedTensor:
         """The bank's entry for a path under a label; ``method`` as in ``quantize``. The model stays as it
         is: where a calibration pass needs the originals, they are there for that pass only.

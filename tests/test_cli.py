@@ -387,3 +387,26 @@ def test_generate_writes_text_and_says_how_fast(run: Callable[..., Result], tmp_
     assert again.exit_code == 0 and found["text"] in again.stdout and "tokens at" in again.stderr
     missing = run("generate", str(tmp_path / "nothing"), "hello")
     assert missing.exit_code == 2 and "there is no folder" in missing.stderr
+
+
+def test_generate_draws_the_images_of_a_diffusers_export(run: Callable[..., Result], tmp_path: Path) -> None:
+    from PIL import Image
+
+    from autocomp.testing.diffusion import tiny_dit_folder
+    from autocomp.worker import ModelWorker
+
+    data = {"calibration": 1, "proxy": 2, "selection": 2, "report": 2}
+    workload = {"kind": "diffusion", "model": str(tiny_dit_folder(tmp_path / "dit")), "data": data}
+    job = {"workload": workload | {"sampler": {"steps": 2}}, "space": [{"bitwidths": {"bits": [4, 16]}}]}
+    worker = ModelWorker(job | {"objectives": ["min noise"], "device": "cpu"})
+    worker.export(
+        {d.name: "w4g64" for d in worker.decisions["bitwidths"]}, "diffusers", str(tmp_path / "out")
+    )
+    picture = tmp_path / "grid.png"
+    found = run("generate", str(tmp_path / "out"), "--images", "20", "--out", str(picture))
+    assert found.exit_code == 0 and "20 images of 2 steps" in found.stderr
+    assert Image.open(picture).size == (80, 16)
+    data = json.loads(run("generate", str(tmp_path / "out"), "--out", str(picture), "--json").stdout)
+    assert data["images"] == 64 and data["image_ms"] > 0
+    refused = run("generate", str(tmp_path / "dit"))
+    assert refused.exit_code == 2 and "needs a prompt" in refused.stderr

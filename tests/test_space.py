@@ -23,6 +23,7 @@ from autocomp.space import (
     LinearBudget,
     Ordered,
     SearchSpace,
+    Slots,
     SpaceConstraint,
     SumTo,
     Tied,
@@ -114,7 +115,8 @@ def test_space_survives_json() -> None:
             AtMostDistinct(("d0", "d2"), 1),
             LinearBudget(sizes(3), 9.0),
             SumTo(names),
-            Ordered(names, False),
+            Ordered(names, False, 0.1),
+            Slots((names[0], "d0", names[1], "d1"), (2,), packed=True),
         ),
     )
     again = space_from_json(json.loads(json.dumps(space_to_json(space))))
@@ -158,6 +160,50 @@ def test_float_samples_are_ordered_and_sum(seed: int, descending: bool) -> None:
     assert not (space := SearchSpace(slots, (Ordered(names, descending),))).violations(space.sample(rng))
     weights = tuple(Decision(n, Interval(0.0, 1.0)) for n in names)
     assert not (space := SearchSpace(weights, (SumTo(names),))).violations(space.sample(rng))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([0.01, 0.2, 0.25]))
+def test_ordered_floats_keep_their_distance(seed: int, descending: bool, gap: float) -> None:
+    rng = np.random.default_rng(seed)
+    names = tuple(f"x{i}" for i in range(5))
+    row = Ordered(names, descending, gap)
+    space = SearchSpace(tuple(Decision(n, Interval(0.0, 1.0)) for n in names), (row,))
+    assert not space.violations(space.sample(rng))
+    equal = space.repair(dict.fromkeys(names, float(rng.random())), rng)
+    assert not space.violations(equal)
+    assert space.violations(Candidate.of(dict.fromkeys(names, 0.5)))
+    assert space.repair(equal.values, rng) == equal
+
+
+def test_an_order_without_room_is_a_violation() -> None:
+    names = ("x0", "x1", "x2")
+    row = Ordered(names, gap=0.6)
+    space = SearchSpace(tuple(Decision(n, Interval(0.0, 1.0)) for n in names), (row,))
+    assert "off by" in space.violations(space.sample(np.random.default_rng(0)))[0]
+
+
+def test_slots_rest_where_they_are_unused() -> None:
+    names = ("t0", "s0", "t1", "s1", "t2", "s2")
+    decisions = [Decision(n, Interval(0.0, 1.0, True) if n[0] == "t" else Choice(("a", "b"))) for n in names]
+    given = {"t0": None, "s0": "b", "t1": 0.5, "s1": "b", "t2": 0.2, "s2": "a"}
+    for packed, wanted in (
+        (False, [None, "a", 0.5, "b", 0.2, "a"]),
+        (True, [0.5, "b", 0.2, "a", None, "a"]),
+    ):
+        space = SearchSpace(tuple(decisions), (Slots(names, ("a",), packed),))
+        fixed = space.repair(dict(given), np.random.default_rng(0))
+        assert [fixed[n] for n in names] == wanted and not space.violations(fixed)
+        assert space.violations(Candidate.of(given)) == [f"Slots(t0, s0, t1...) is off by {1 + packed}"]
+
+
+def test_a_slot_that_moves_leaves_behind_what_its_place_lacks() -> None:
+    names = ("t0", "s0", "t1", "s1")
+    orders = (Choice((1,), True), Choice((1, 2, 3), True))
+    decisions = [Decision(n, orders[int(n[1])] if n[0] == "s" else Interval(0, 1, True)) for n in names]
+    space = SearchSpace(tuple(decisions), (Slots(names, (1,), packed=True),))
+    fixed = space.repair({"t0": None, "s0": 1, "t1": 0.5, "s1": 3}, np.random.default_rng(0))
+    assert [fixed[n] for n in names] == [0.5, 1, None, 1]
 
 
 def test_repair_keeps_what_is_right_and_mends_the_rest() -> None:

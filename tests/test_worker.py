@@ -297,7 +297,7 @@ def test_a_crash_in_the_middle_leaves_no_half_export(
 
 
 def test_unknown_formats_and_invalid_candidates_are_refused(llama: ModelWorker, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="unknown exporter 'gguf'; known: compressed-tensors, native"):
+    with pytest.raises(JobError, match="unknown exporter 'gguf'; known: compressed-tensors, diffusers,"):
         llama.export(uniform(llama, "w8"), "gguf", str(tmp_path / "out"))
     with pytest.raises(SpaceError):
         llama.export(uniform(llama, "w7"), "native", str(tmp_path / "out"))

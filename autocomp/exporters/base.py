@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,12 +19,28 @@ if TYPE_CHECKING:
     from autocomp.worker import ModelWorker
 
 SHARD_BYTES = 4 << 30
+ENVELOPE = "autocomp.json"
+
+
+def export_format(folder: Path) -> str:
+    """What an export says that it is; empty for folders without a readable ``autocomp.json``."""
+    try:
+        envelope = json.loads((folder / ENVELOPE).read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(envelope.get("format", "")) if isinstance(envelope, dict) else ""
 
 
 def foreign_spaces(worker: ModelWorker, handled: Collection[str] = ("bitwidths",)) -> list[str]:
     """A reason when the job has spaces whose choices a format can't hold, beside those ``handled``."""
     others = sorted({s.name for s in worker.spaces} - set(handled))
     return [f"this format can't hold choices of {others}; search without them"] if others else []
+
+
+def other_family(worker: ModelWorker) -> list[str]:
+    """A reason when a format of language models is asked for a diffusion model."""
+    image = getattr(worker.workload, "kind", "") == "diffusion"
+    return ["this format holds language models; use --format diffusers"] if image else []
 
 
 def attention_plan(worker: ModelWorker, candidate: Candidate) -> AttentionPlan | None:

@@ -20,6 +20,7 @@ from autocomp.exporters.base import (
     attention_plan,
     dense_tensors,
     foreign_spaces,
+    other_family,
     quantized_parts,
     quantized_tensors,
     save_sharded,
@@ -37,6 +38,8 @@ class CompressedTensorsExporter:
     """Candidates whose linears are grouped or per-row integers without outliers."""
 
     def supports(self, worker: ModelWorker, candidate: Candidate) -> list[str]:
+        if reasons := other_family(worker):
+            return reasons
         site = worker.built.site
         schemes = quantized_parts(worker, candidate)
         reasons = [

@@ -21,9 +21,11 @@ from autocomp.attention.plan import AttentionPlan
 from autocomp.attention.runtime import install
 from autocomp.errors import CapabilityError, ExportError, SpaceError
 from autocomp.exporters.base import (
+    ENVELOPE,
     attention_plan,
     dense_tensors,
     foreign_spaces,
+    other_family,
     quantized_parts,
     quantized_tensors,
     save_sharded,
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
     from autocomp.worker import ModelWorker
 
-ENVELOPE = "autocomp.json"
 VERSION = 2
 """2 has ``attention``. Files without it say 1: what reads those need not know."""
 
@@ -50,7 +51,7 @@ class NativeExporter:
 
     def supports(self, worker: ModelWorker, candidate: Candidate) -> list[str]:
         del candidate
-        return foreign_spaces(worker, ("bitwidths", "attention"))
+        return other_family(worker) or foreign_spaces(worker, ("bitwidths", "attention"))
 
     def export(self, worker: ModelWorker, candidate: Candidate, folder: Path) -> None:
         schemes = quantized_parts(worker, candidate)

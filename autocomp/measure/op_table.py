@@ -1,8 +1,9 @@
 """Times of single operations at decode: the rows of a latency table.
 
 A key names everything the time depends on except the number of tokens: ``linear/576x1536/w4g64`` is a
-linear layer with 576 output and 1536 input features; ``embedding/49152x576/w8`` a look-up. Those of attention
-are in ``attention_table``.
+linear layer with 576 output and 1536 input features, ``linear/64x64/w8@196`` one that reads 196 rows for each
+row of the model's input (an image's tokens); ``embedding/49152x576/w8`` a look-up. Those of attention
+are in ``attention_table``, those of a diffusion model's attention modules in ``image_attention_table``.
 """
 
 from __future__ import annotations
@@ -29,11 +30,17 @@ from autocomp.measure.attention_table import (
     parse_attention_key,
     time_attention,
 )
+from autocomp.measure.image_attention_table import (
+    ImageAttentionOperation,
+    parse_image_attention_key,
+    time_image_attention,
+)
 from autocomp.measure.timing import Timing, time_calls
 from autocomp.quantize.scheme import Scheme
 
 __all__ = [
     "AttentionOperation",
+    "ImageAttentionOperation",
     "Operation",
     "attention_backend",
     "attention_key",
@@ -51,38 +58,42 @@ MAX_COPIES = 256
 MAX_COPIES_PREFILL = 32
 """The same for many tokens, where a call takes long and the weights' bytes matter less."""
 
-_KEY = re.compile(r"^(linear|embedding)/(\d+)x(\d+)/([a-z0-9.]+)$")
+_KEY = re.compile(r"^(linear|embedding)/(\d+)x(\d+)/([a-z0-9.]+)(?:@(\d+))?$")
 Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of call: ``kind`` is ``linear`` or ``embedding``, ``shape`` is (N, K)."""
+    """One kind of call: ``kind`` is ``linear`` or ``embedding``, ``shape`` is (N, K); ``rows`` of its input
+    come from one row of the model's."""
 
     kind: str
     shape: tuple[int, int]
     scheme: Scheme
+    rows: int = 1
 
     @property
     def key(self) -> str:
         rows, columns = self.shape
-        return f"{self.kind}/{rows}x{columns}/{self.scheme.label}"
+        return f"{self.kind}/{rows}x{columns}/{self.scheme.label}" + f"@{self.rows}" * (self.rows > 1)
 
 
-def op_key(shape: tuple[int, int], scheme: Scheme, kind: str = "linear") -> str:
-    """``linear/NxK/label``."""
-    return Operation(kind, shape, scheme).key
+def op_key(shape: tuple[int, int], scheme: Scheme, kind: str = "linear", rows: int = 1) -> str:
+    """``linear/NxK/label``, with ``@rows`` where these are not 1."""
+    return Operation(kind, shape, scheme, rows).key
 
 
-def parse_op_key(key: str) -> Operation | AttentionOperation:
+def parse_op_key(key: str) -> Operation | AttentionOperation | ImageAttentionOperation:
     """Inverse of an operation's ``key``; raises ``ValueError`` with the form when ``key`` doesn't have it."""
     if key.startswith("attention/"):
         return parse_attention_key(key)
+    if key.startswith("image_attention/"):
+        return parse_image_attention_key(key)
     match = _KEY.match(key)
     if match is None:
         raise ValueError(f"{key!r} is not an operation key; they look like 'linear/576x1536/w4g64'")
-    kind, rows, columns, label = match.groups()
-    return Operation(kind, (int(rows), int(columns)), Scheme.parse(label))
+    kind, rows, columns, label, each = match.groups()
+    return Operation(kind, (int(rows), int(columns)), Scheme.parse(label), int(each or 1))
 
 
 def time_op(
@@ -102,8 +113,9 @@ def time_op(
     weight from memory and not from a cache. A sample is one round over all copies, divided by their number.
 
     Args:
-        key: from ``op_key``, or of an ``AttentionOperation``.
-        tokens: rows of activations (M), or indices looked up; for attention see ``time_attention``.
+        key: from ``op_key``, or of an ``AttentionOperation`` or ``ImageAttentionOperation``.
+        tokens: rows of activations (M), or indices looked up, before the key's own rows; for attention see
+            ``time_attention`` and ``time_image_attention``.
         dtype: of activations, and of the weights under ``w16``.
         device: ``cpu`` or ``cuda``.
         repeats, min_seconds: as in ``time_calls``.
@@ -124,6 +136,11 @@ def time_op(
             lean=lean and device == "cpu", cold_bytes=COLD_BYTES_CUDA if on_cuda else COLD_BYTES,
             most_copies=MAX_COPIES,
         )  # fmt: skip
+    if isinstance(op, ImageAttentionOperation):
+        return time_image_attention(
+            op, tokens, dtype, device, repeats=repeats, min_seconds=min_seconds, cold_bytes=COLD_BYTES
+        )
+    tokens *= op.rows
     found = capability(op.scheme, op.shape, torch.device(device).type)
     if op.kind == "linear" and not found.native:
         raise CapabilityError(f"{key} has no latency here: {found.reason}")

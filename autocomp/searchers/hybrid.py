@@ -7,6 +7,9 @@ was learned holds where it was measured), and mutated front points. Where the st
 candidate, costs are estimated anew at front points, and allocation goes on from there. The pool is ranked
 by expected hypervolume improvement, and a batch is picked one by one as if the picks before had been
 measured. With one objective there is no front to cover: see ``descent``.
+
+Without tables (sampling schedules, merged checkpoints) the pool is a few children of the evolution searcher,
+of which the predictor picks: with a predictor that knows nothing it is that searcher.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from autocomp.objective import Objective
 from autocomp.pareto import is_feasible, loss_row, non_dominated
 from autocomp.predictors.additive import AdditivePredictor
 from autocomp.predictors.base import Prediction, Predictor
+from autocomp.predictors.choose import make_predictor
 from autocomp.predictors.residual import ResidualPredictor
 from autocomp.searchers.acquisition import Scene, pick_batch
 from autocomp.searchers.base import Problem
@@ -38,7 +42,6 @@ from autocomp.searchers.ilp import (
     side_mixes,
 )
 from autocomp.searchers.local import blended
-from autocomp.searchers.random import draw
 from autocomp.space import AdditiveTable, Candidate
 from autocomp.trial import Trial
 
@@ -51,9 +54,11 @@ class HybridSearcher:
     Args:
         points: bounds of an ILP sweep.
         first: successful trials of its own before learning starts; they cover the tables' front.
-        pool: mutated candidates that are scored at each ask.
+        pool: mutated candidates that are scored at each ask. 0: 200, and 24 where there are no tables: the
+            best of a few good children, for of many the predictor would pick its own errors.
         local: share of the decisions that an allocation near a measured point may change.
-        kind: residual predictor, ``ridge`` or ``gp``.
+        kind: of predictor: ``ridge``, ``gp``, ``ranking`` or ``best`` (see ``make_predictor``); by default
+            ``gp`` where there are floats, ``ridge`` elsewhere.
         gap: optimality gap of a solve; above the tables' own error nothing is won by less.
         time_limit: seconds a solve.
         profiles: profiles around front points that may be asked for, one after the first trials and
@@ -66,16 +71,17 @@ class HybridSearcher:
         *,
         points: int = 12,
         first: int = 8,
-        pool: int = 200,
+        pool: int = 0,
         local: float = 0.2,
-        kind: str = "ridge",
+        kind: str = "",
         gap: float = 1e-2,
         time_limit: float = 10.0,
         profiles: int = 6,
     ) -> None:
         self.problem = problem
-        self.points, self.first, self.pool, self.local = points, first, pool, local
-        self.kind, self.gap, self.time_limit = kind, gap, time_limit
+        self.points, self.first, self.local = points, first, local
+        self.kind = kind or ("ridge" if problem.space.is_categorical else "gp")
+        self.gap, self.time_limit = gap, time_limit
         self.profiles = profiles
         self.prior = {m: blended(t, problem.local) for m, t in problem.tables.items()}
         self.breeder = Breeder(problem.space, mutation=2.0)
@@ -86,6 +92,8 @@ class HybridSearcher:
             self.starter = IlpSearcher(problem, points=points, gap=gap, time_limit=time_limit)
         else:
             self.starter = EvolutionSearcher(problem)
+            self.breeder = self.starter.breeder
+        self.pool = pool or (200 if self.additive else 24)
 
     @staticmethod
     def unsupported(problem: Problem) -> list[str]:
@@ -146,8 +154,7 @@ class HybridSearcher:
             if table is not None and table.exact:
                 models[metric] = AdditivePredictor(table)
             else:
-                kind = "gp" if self.kind == "gp" else "ridge"
-                models[metric] = ResidualPredictor(metric, table, self.problem.space, kind).fit(history)  # type: ignore[arg-type]
+                models[metric] = make_predictor(self.kind, metric, table, self.problem.space).fit(history)
         return models
 
     def _tables(
@@ -169,14 +176,13 @@ class HybridSearcher:
         seen: set[str],
         rng: np.random.Generator,
     ) -> list[Candidate]:
-        parents = select(history, self.problem.objectives, self.problem.constraints, 32)
+        count = 32 if isinstance(self.starter, IlpSearcher) else self.starter.population
+        parents = select(history, self.problem.objectives, self.problem.constraints, count)
         bred = [self.breeder.child([p.candidate for p in parents], rng) for _ in range(self.pool)]
+        planned: list[Candidate] = []
         if self.additive:
             planned = [*self._planned(models, rng), *self._allocated(models, parents, rng)]
             planned += self._around_profiles(models)
-        else:
-            exact = [t for t in self.problem.tables.values() if t.exact]
-            planned = [draw(self.problem.space, rng, exact) for _ in range(self.pool // 4)]
         fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
         return [c for c in fresh.values() if admissible(self.problem, c)]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autocomp.attention.cache import new_cache
 from autocomp.errors import ExportError
-from autocomp.exporters.native import ENVELOPE, load_native
+from autocomp.exporters.base import ENVELOPE
+from autocomp.exporters.native import load_native
 from autocomp.serving.decoder import LeanDecoder, choose_token
 from autocomp.serving.record import Unsupported
 from autocomp.workloads import checkpoint

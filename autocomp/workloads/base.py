@@ -53,6 +53,13 @@ class Workload(ABC):
     quality_metrics: Mapping[str, bool]
     #: timing metric -> unit, in words
     timing_metrics: ClassVar[Mapping[str, str]]
+    #: what ``score`` counts beside quality -> True when smaller is better: no sensitivity stands for these
+    counts: Mapping[str, bool] = {}
+    #: Losses (0 for the uncompressed model) that ``score`` gives at a fidelity named ``sensitivity``. The
+    #: first stands for every quality metric in a search; ``x_loss`` after it for the metric ``x`` alone.
+    sensitivity_metrics: tuple[str, ...] = ("kl",)
+    #: metric -> what the job lacks for it, for metrics that another configuration would have
+    unavailable: Mapping[str, str] = {}
 
     def __init__(self, config: BaseModel, seed: int = 0) -> None:
         self.config = config
@@ -72,6 +79,18 @@ class Workload(ABC):
 
         ``thorough`` asks for what is only worth its time on a final candidate.
         """
+
+    def kernel_rows(self, built: Built) -> Mapping[str, tuple[int, float]]:
+        """Timing metrics that kernel times add up to -> rows of the model's input in one forward pass, and
+        how many passes the metric stands for. None by default: such a metric is only measured."""
+        del built
+        return {}
+
+    def exact(self, built: Built, additive: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
+        """Exact metrics of the model as it is, from what the additive tables say: a workload corrects what
+        does not add up (models that are loaded only when something calls them)."""
+        del built
+        return additive
 
     def runtime(self, built: Built) -> tuple[str, str]:
         """How ``time`` runs this model, and why not in the fastest way that we have (empty when it does).

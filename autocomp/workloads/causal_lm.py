@@ -288,6 +288,11 @@ class CausalLM(Workload):
         del length
         return self.divergence(built, "calibration", logits, row)
 
+    def kernel_rows(self, built: Built) -> Mapping[str, tuple[int, float]]:
+        """One token of each sequence, or all of the prompts, in one pass."""
+        s = self.config.scenario
+        return {"decode_ms": (s.batch, 1.0), "prefill_ms": (s.batch * s.prompt_tokens, 1.0)}
+
     def runtime(self, built: Built) -> tuple[str, str]:
         """What decodes this model, ``lean`` or ``eager``, and in the latter case why. Decided once, best
         while the model is uncompressed; every candidate is then timed the same way.

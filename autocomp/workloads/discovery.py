@@ -1,8 +1,9 @@
-"""Find the compressible parts of a causal language model from its graph, not from module names.
+"""Find the compressible parts of a model from its graph, not from module names.
 
 Linears are found by type, repeated blocks as the outermost module list that holds most parameters, and
 groups that read one input (q/k/v, gate/up) by watching which tensor object reaches which module in one
-tiny forward pass. New architectures therefore need no entry in a table here.
+tiny forward pass. New architectures therefore need no entry in a table here. ``discover`` is for causal
+language models; ``diffusion_discovery`` uses the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PROBE_TOKENS = 8
 
 
 @dataclass
-class _Probe:
+class Probe:
     """What one forward pass showed: the order of first calls, and which input each call read."""
 
     order: dict[str, int] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class _Probe:
 
 
 def discover(model: nn.Module, fingerprint: str) -> ModelSite:
-    """Parts of ``model`` in execution order.
+    """Parts of a causal language model in execution order.
 
     Kinds and roles: ``linear`` (``nn.Linear`` or transformers' ``Conv1D``; shape always ``(out, in)``) with
     role ``body`` or ``head``; ``embedding`` (the input embedding); ``router`` (matrix that chooses experts)
@@ -62,9 +63,10 @@ def discover(model: nn.Module, fingerprint: str) -> ModelSite:
         roles = {embedding: "embedding", **roles}
 
     experts = dict(_expert_parameters(modules))
-    probe = _run_probe(model, {p: modules[p] for p in [*roles, *map(_parent, experts)]})
-    parts = _matrix_parts(modules, roles, _ties(probe, linears))
-    block = _block_finder(modules)
+    watched = {p: modules[p] for p in [*roles, *map(_parent, experts)]}
+    probe = run_probe(watched, lambda: _read_tokens(model))
+    parts = matrix_parts(modules, roles, ties(probe, linears))
+    block = block_finder(modules)
     parts += [Part(p, "experts", tuple(t.shape), block(p), role="experts") for p, t in experts.items()]
     last = len(probe.order)  # what the pass did not reach (an expert without tokens) comes at the end
     parts.sort(key=lambda p: probe.order.get(_parent(p.path) if p.kind == "experts" else p.path, last))
@@ -93,15 +95,15 @@ def _kv_groups(model: Any, block: Callable[[str], int | None]) -> tuple[list[Par
     ], ""  # fmt: skip
 
 
-def _matrix_parts(modules: dict[str, nn.Module], roles: dict[str, str], ties: dict[str, str]) -> list[Part]:
+def matrix_parts(modules: dict[str, nn.Module], roles: dict[str, str], tied: dict[str, str]) -> list[Part]:
     """Parts that are modules with a 2-D weight; ``roles``: path -> role, the embedding first."""
-    block = _block_finder(modules)
+    block = block_finder(modules)
     shared = _shared_weights(modules, [p for p, role in roles.items() if role != "router"])
     for borrower, owner in shared.items():
-        ties = {**ties, borrower: owner, owner: owner}
+        tied = {**tied, borrower: owner, owner: owner}
     kinds = {"body": "linear", "head": "linear"}
     return [
-        Part(path, kinds.get(role, role), weight_shape(modules[path]), block(path), ties.get(path, ""), role,
+        Part(path, kinds.get(role, role), weight_shape(modules[path]), block(path), tied.get(path, ""), role,
              shared.get(path, ""))
         for path, role in roles.items()
     ]  # fmt: skip
@@ -164,7 +166,7 @@ def _router_paths(modules: dict[str, nn.Module]) -> list[str]:
     return routers
 
 
-def _block_finder(modules: dict[str, nn.Module]) -> Callable[[str], int | None]:
+def block_finder(modules: dict[str, nn.Module]) -> Callable[[str], int | None]:
     """A function path -> index of the repeated block it lies in. The blocks are the outermost module list
     that holds most parameters (longest on a tie)."""
     lists = [p for p, m in modules.items() if isinstance(m, nn.ModuleList)]
@@ -194,8 +196,9 @@ def _shared_weights(modules: dict[str, nn.Module], paths: list[str]) -> dict[str
     return shared
 
 
-def _run_probe(model: Any, watched: dict[str, nn.Module]) -> _Probe:
-    probe = _Probe()
+def run_probe(watched: dict[str, nn.Module], call: Callable[[], Any]) -> Probe:
+    """Watch which tensor reaches which of the modules (path -> module) while ``call`` runs the model once."""
+    probe = Probe()
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,24 +211,29 @@ def _run_probe(model: Any, watched: dict[str, nn.Module]) -> _Probe:
         return hook
 
     handles = [m.register_forward_pre_hook(watch(p), with_kwargs=True) for p, m in watched.items()]
-    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
     try:
         # no_grad, not inference_mode: inference tensors have no version counter.
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        name = type(model).__name__
-        raise JobError(
-            f"{name} does not run on token ids alone ({type(error).__name__}: {error}); "
-            "the workload causal_lm needs a decoder-only text model"
-        ) from error
+            call()
     finally:
         for handle in handles:
             handle.remove()
     return probe
 
 
-def _ties(probe: _Probe, linears: list[str]) -> dict[str, str]:
+def _read_tokens(model: Any) -> None:
+    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    try:
+        model(input_ids=tokens, use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        name = type(model).__name__
+        raise JobError(
+            f"{name} does not run on token ids alone ({type(error).__name__}: {error}); "
+            "the workload causal_lm needs a decoder-only text model"
+        ) from error
+
+
+def ties(probe: Probe, linears: list[str]) -> dict[str, str]:
     """Linears of one parent module that read the same inputs in all their calls -> a common name.
 
     The parent matters: in a parallel block (Phi, GPT-J) q/k/v and the MLP read one tensor, but no engine
@@ -235,10 +243,10 @@ def _ties(probe: _Probe, linears: list[str]) -> dict[str, str]:
     for path in linears:
         if probe.inputs.get(path):
             groups[_parent(path), *probe.inputs[path]].append(path)
-    ties: dict[str, str] = {}
+    found: dict[str, str] = {}
     for (parent, *_), members in groups.items():
         if len(members) > 1:
             # Named in definition order, so that a model that calls them in another order agrees.
             leaves = "-".join(m.rpartition(".")[2] for m in members)
-            ties |= dict.fromkeys(members, f"{parent}.{leaves}")
-    return ties
+            found |= dict.fromkeys(members, f"{parent}.{leaves}")
+    return found

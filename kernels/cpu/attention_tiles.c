@@ -105,8 +105,9 @@ AC_INLINE vf masked(const work *w, int64_t r, int64_t at, int inside, vf x) {
     return v_select(seen, x, v_set(-INFINITY));
 }
 
-/* Weights of the tile's keys for softmax number `set`, and the factor for what it has summed so far. */
-static void weigh(work *w, int set, int edge) {
+/* Weights of the tile's keys for softmax number `set`, and the factor for what it has summed so far. `last`:
+ * no other set needs the scores, so that masked ones may stay in their place. */
+static void weigh(work *w, int set, int edge, int last) {
     const float scale = (float)w->p->x->scale;
     const int64_t rows = ceil_to(w->count, ROWS);
     float *maximum = w->maximum[set], *sum = w->sum[set];
@@ -114,7 +115,12 @@ static void weigh(work *w, int set, int edge) {
         vf largest = v_set(-INFINITY);
         for (int64_t at = 0; at < KEYS; at += AC_LANES) {
             vf x = v_load(w->scores + r * KEYS + at);
-            largest = v_max(largest, edge ? masked(w, r, at, !set, x) : x);
+            if (edge) {
+                x = masked(w, r, at, !set, x);
+                if (last)
+                    v_store(w->scores + r * KEYS + at, x);
+            }
+            largest = v_max(largest, x);
         }
         w->largest[r] = v_largest(largest);
     }
@@ -127,7 +133,7 @@ static void weigh(work *w, int set, int edge) {
         vf total = {0};
         for (int64_t at = 0; at < KEYS; at += AC_LANES) {
             vf x = v_load(w->scores + r * KEYS + at);
-            x = v_exp((edge ? masked(w, r, at, !set, x) : x) * scale - maximum[r]);
+            x = v_exp((edge && !last ? masked(w, r, at, !set, x) : x) * scale - maximum[r]);
             total += x;
 #if PAIRS
             if (w->p->pairs) {
@@ -141,8 +147,8 @@ static void weigh(work *w, int set, int edge) {
     }
 }
 
-static void add_to(work *w, int set, int edge) {
-    weigh(w, set, edge);
+static void add_to(work *w, int set, int edge, int last) {
+    weigh(w, set, edge, last);
     if (w->p->pairs)
         all_values(1, w, w->acc[set]);
     else
@@ -163,10 +169,11 @@ static void take_tile(work *w, int kind, int split) {
         all_keys(1, w);
     else
         all_keys(0, w);
+    int outside = split && kind != INSIDE;
     if (kind != OUTSIDE)
-        add_to(w, 0, kind == EDGE || empty);
-    if (split && kind != INSIDE)
-        add_to(w, 1, kind == EDGE || empty);
+        add_to(w, 0, kind == EDGE || empty, !outside);
+    if (outside)
+        add_to(w, 1, kind == EDGE || empty, 1);
     w->panels = 0;
 }
 
@@ -204,14 +211,27 @@ static void see(work *w, int64_t r) {
     w->to[r] = (int32_t)to;
 }
 
-/* How keys [first, last) lie to what the task's queries see. */
-static int place(const work *w, int64_t first, int64_t last) {
-    int inside = 1, outside = 1;
+static void see_all(work *w) {
+    w->least_below = w->least_from = w->least_to = INT32_MAX;
+    w->most_below = w->most_from = w->most_to = 0;
     for (int64_t r = 0; r < w->count; r++) {
-        inside &= last <= w->below[r] || (first >= w->from[r] && last <= w->to[r]);
-        outside &= first >= w->below[r] && (last <= w->from[r] || first >= w->to[r] || w->from[r] >= w->to[r]);
+        see(w, r);
+        w->least_below = (int32_t)least(w->least_below, w->below[r]);
+        w->most_below = (int32_t)most(w->most_below, w->below[r]);
+        w->least_from = (int32_t)least(w->least_from, w->from[r]);
+        w->most_from = (int32_t)most(w->most_from, w->from[r]);
+        w->least_to = (int32_t)least(w->least_to, w->to[r]);
+        w->most_to = (int32_t)most(w->most_to, w->to[r]);
     }
-    return inside ? INSIDE : outside ? OUTSIDE : EDGE;
+    for (int64_t r = w->count; r < ceil_to(w->count, ROWS); r++) /* rows that fill up the last four */
+        w->below[r] = w->from[r] = w->to[r] = 0;
+}
+
+/* How keys [first, last) lie to what the task's queries see. EDGE is never wrong, only slower. */
+static int place(const work *w, int64_t first, int64_t last) {
+    if (last <= w->least_below || (first >= w->most_from && last <= w->least_to))
+        return INSIDE;
+    return first >= w->most_below && (last <= w->least_from || first >= w->most_to) ? OUTSIDE : EDGE;
 }
 
 static void run_pattern(work *w, int split) {
@@ -227,14 +247,22 @@ static void run_pattern(work *w, int split) {
         take_tile(w, INSIDE, 0);
         return;
     }
-    for (int64_t first = 0; first < x->tokens; first += KEYS) {
-        int kind = place(w, first, least(first + KEYS, x->tokens));
+    const int64_t step = split ? KEYS : AC_LANES; /* nothing is left out: whole tiles; else panels are picked */
+    int tile = INSIDE;
+    for (int64_t first = 0; first < x->tokens; first += step) {
+        int64_t last = least(first + step, x->tokens);
+        int kind = place(w, first, last);
         if (kind == OUTSIDE && !split)
             continue;
-        for (int64_t panel = first / AC_LANES; panel * AC_LANES < least(first + KEYS, x->tokens); panel++)
+        for (int64_t panel = first / AC_LANES; panel * AC_LANES < last; panel++)
             add_panel(w, panel);
-        take_tile(w, kind, split);
+        tile = split || kind == EDGE ? kind : tile;
+        if (split || w->panels == PANELS) {
+            take_tile(w, tile, split);
+            tile = INSIDE;
+        }
     }
+    take_tile(w, tile, split);
 }
 
 /* ---- one task: some queries of one head ---- */
@@ -276,10 +304,20 @@ static void finish_row(work *w, int64_t r, float *y) {
         else
             memset((char *)x->saved + row * bytes, 0, (size_t)bytes);
     }
-    if (mode == REUSE && x->saved)
-        memcpy((char *)x->out + row * bytes, (const char *)x->saved + row * bytes, (size_t)bytes);
-    else
-        write_row(x, x->out, row, y);
+    write_row(x, x->out, row, y);
+}
+
+/* A head that computes nothing: its rows are those that are held, or zeros. */
+static void reuse_rows(const work *w) {
+    const ac_pattern *x = w->p->x;
+    const int64_t bytes = x->dim * x->q.bits / 8, at = ((w->b * x->heads + w->h) * x->tokens + w->first) * bytes;
+    void *to[2] = {x->out, x->saved};
+    for (int i = 0; i < 2; i++) {
+        if (to[i] && x->residual)
+            memcpy((char *)to[i] + at, (const char *)x->residual + at, (size_t)(w->count * bytes));
+        else if (to[i])
+            memset((char *)to[i] + at, 0, (size_t)(w->count * bytes));
+    }
 }
 
 static void run_task(work *w) {
@@ -288,21 +326,21 @@ static void run_task(work *w) {
     const int64_t mode = x->pattern == WINDOWS ? x->mode[w->h] : FULL;
     w->pack = w->b * (p->packs / x->batch) + (x->order ? w->h : w->h / (x->heads / x->kv_heads));
     w->panels = 0;
-    memset(w->query, 0, (size_t)(QUERIES * p->depth) * 4);
-    for (int64_t r = 0; r < w->count; r++) {
-        read_row(p, &x->q, row_of(&x->q, w->b, w->h, token_at(x, w->h, w->first + r)), w->query + r * p->depth);
-        see(w, r);
+    if (mode == REUSE) {
+        reuse_rows(w);
+        return;
     }
-    for (int64_t r = w->count; r < ceil_to(w->count, ROWS); r++) /* rows that fill up the last four */
-        w->below[r] = w->from[r] = w->to[r] = 0;
-    for (int set = 0; set < 2; set++) {
+    memset(w->query, 0, (size_t)(QUERIES * p->depth) * 4);
+    for (int64_t r = 0; r < w->count; r++)
+        read_row(p, &x->q, row_of(&x->q, w->b, w->h, token_at(x, w->h, w->first + r)), w->query + r * p->depth);
+    see_all(w);
+    for (int set = 0; set <= (mode == FULL_SAVE); set++) {
         memset(w->acc[set], 0, (size_t)(QUERIES * p->padded) * 4);
         memset(w->sum[set], 0, sizeof w->sum[set]);
         for (int64_t r = 0; r < QUERIES; r++)
             w->maximum[set][r] = -1e30f;
     }
-    if (mode != REUSE)
-        run_pattern(w, mode == FULL_SAVE);
+    run_pattern(w, mode == FULL_SAVE);
     for (int64_t r = 0; r < w->count; r++)
         finish_row(w, r, (float *)w->scores);
 }
@@ -330,7 +368,7 @@ static void body(void *context, int thread, int threads) {
     }
     ac_barrier(threads);
     /* Pieces of a block's queries; the last first, they see most when attention is causal. */
-    const int64_t pieces = (p->block + QUERIES - 1) / QUERIES, tasks = p->blocks * pieces, pairs = x->batch * x->heads;
+    const int64_t pieces = (p->block + p->rows - 1) / p->rows, tasks = p->blocks * pieces, pairs = x->batch * x->heads;
     for (;;) {
         int64_t task = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
         if (task >= tasks * pairs)
@@ -338,15 +376,30 @@ static void body(void *context, int thread, int threads) {
         int64_t piece = tasks - 1 - task / pairs, begin = piece / pieces * p->block;
         w->b = task % pairs / x->heads;
         w->h = task % pairs % x->heads;
-        w->first = begin + piece % pieces * QUERIES;
-        w->count = least(least(w->first + QUERIES, begin + p->block), x->tokens) - w->first;
+        w->first = begin + piece % pieces * p->rows;
+        w->count = least(least(w->first + p->rows, begin + p->block), x->tokens) - w->first;
         if (w->count > 0)
             run_task(w);
     }
 }
 
+/* Queries of a task: half as many for windows that then take fewer tiles each. With w keys to each side, a task
+ * looks at its own rows + 2 w keys, in whole tiles. */
+static int64_t rows_of(const ac_pattern *x) {
+    if (x->pattern != WINDOWS || x->prefix > 0)
+        return QUERIES;
+    int64_t window = 0;
+    for (int64_t h = 0; h < x->heads; h++) {
+        if (x->mode[h] == FULL || x->mode[h] == FULL_SAVE)
+            return QUERIES;
+        window = x->mode[h] == WINDOW_ADD ? most(window, x->window[h]) : window;
+    }
+    int64_t around = 2 * ceil_to(least(window, x->tokens), AC_LANES);
+    return ceil_to(QUERIES / 2 + around, KEYS) < ceil_to(QUERIES + around, KEYS) ? QUERIES / 2 : QUERIES;
+}
+
 static plan plan_of(const ac_pattern *x) {
-    plan p = {.x = x, .padded = ceil_to(x->dim, AC_LANES)};
+    plan p = {.x = x, .padded = ceil_to(x->dim, AC_LANES), .rows = rows_of(x)};
     p.block = x->pattern == BLOCKS ? least(x->block, x->tokens) : x->tokens;
     p.pairs = PAIRS && x->q.bits == 16 && x->k.bits == 16 && x->v.bits == 16;
     p.depth = p.pairs ? (x->dim + 1) / 2 : x->dim;

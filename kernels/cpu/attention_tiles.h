@@ -39,6 +39,7 @@ typedef struct {
 typedef struct {
     const ac_pattern *x;
     int pairs;             /* numbers are pairs of bfloat16 */
+    int64_t rows;          /* queries of a task */
     int64_t depth, padded; /* units of a query or key; dim in whole vectors */
     int64_t blocks, block, block_panels; /* keys are packed in blocks, each in whole panels */
     int64_t packs;                       /* packed (batch, head) pairs */
@@ -57,6 +58,7 @@ typedef struct {
     const int32_t *key[PANELS], *value[PANELS];
     int32_t position[KEYS]; /* of the tile's keys; INT32_MAX where there is none */
     int32_t below[QUERIES], from[QUERIES], to[QUERIES]; /* a query sees keys < below and those in [from, to) */
+    int32_t least_below, most_below, least_from, most_from, least_to, most_to; /* of all the task's queries */
     _Alignas(64) float scores[QUERIES * KEYS];
     int32_t weights[QUERIES * KEYS];
     float largest[QUERIES], old[QUERIES];
@@ -91,13 +93,15 @@ static float element(const void *row, int64_t d, int64_t bits) {
 /* A row in units: floats, or pairs of neighbouring bfloat16. */
 static void read_row(const plan *p, const view *v, const void *row, int32_t *units) {
     const int64_t dim = p->x->dim;
-    for (int64_t d = 0; p->pairs && d < p->depth; d++) {
-        const uint16_t *half = row;
-        units[d] = (int32_t)(half[2 * d] | (2 * d + 1 < dim ? (uint32_t)half[2 * d + 1] << 16 : 0));
-    }
-    for (int64_t d = 0; !p->pairs && d < dim; d++) {
-        float value = element(row, d, v->bits);
-        memcpy(units + d, &value, 4);
+    if (p->pairs) {
+        if (dim % 2)
+            units[dim / 2] = 0;
+        memcpy(units, row, (size_t)dim * 2);
+    } else if (v->bits == 32) {
+        memcpy(units, row, (size_t)dim * 4);
+    } else {
+        for (int64_t d = 0; d < dim; d++)
+            units[d] = (int32_t)((uint32_t)((const uint16_t *)row)[d] << 16);
     }
 }
 

@@ -24,8 +24,12 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+/* Planes of int8 that the activations have: linear_a8.c compiles this file with one, for 8-bit activations. */
+#ifndef AC_PLANES
+#define AC_PLANES 2
+#endif
 /* Bits of `fine`: products of codes below 256 with 64 activations stay below 2^31 when joined. */
-enum { FINE = 7 };
+enum { FINE = AC_PLANES == 2 ? 7 : 0 };
 enum { ROWS = 16, PIECE = 32, VECTOR = 64, PIECES = AC_CHUNK / PIECE };
 /* Bytes that codes are fetched ahead: they are read once, in one stream that crosses pages. */
 enum { AHEAD = 8192 };
@@ -84,9 +88,12 @@ static void quantize_chunk(const float *x, int8_t *q, int8_t *fine, float *scale
     for (int i = 0; i < 4; i++) {
         vf scaled = vf_mul(a[i], inverse);
         vi high = vf_store_int8(q + 16 * i, scaled);
+        total[i / 2] = vi_add(total[i / 2], vi_shl(high, FINE));
+        if (AC_PLANES < 2)
+            continue;
         vf left = vf_fma(vf_int(high), vf_set1(-1), scaled); /* exact: within half of 1 */
         vi low = vf_store_int8(fine + 16 * i, vf_mul(left, vf_set1(1 << FINE)));
-        total[i / 2] = vi_add(total[i / 2], vi_add(vi_shl(high, FINE), low));
+        total[i / 2] = vi_add(total[i / 2], low);
     }
     *scale = peak > 1e-36f || rest != 0 ? peak * (1.0f / (127 << FINE)) + rest : 0.0f;
     sums[0] = -vi_sum(total[0]);
@@ -192,7 +199,8 @@ AC_INLINE void tile(const int bits, const int nr, const int mm, const ac_weight 
                 const int64_t four = (m * pieces + p) * PIECE + 4 * j;
                 vi high = vi_set1(lane_of_4(q + four)), low = vi_set1(lane_of_4(fine + four));
                 UNROLL for (int r = 0; r < nr; r++) part[r][m] = vi_dot(bits, part[r][m], code[r], high);
-                UNROLL for (int r = 0; r < nr; r++) rest[r][m] = vi_dot(bits, rest[r][m], code[r], low);
+                if (AC_PLANES == 2)
+                    UNROLL for (int r = 0; r < nr; r++) rest[r][m] = vi_dot(bits, rest[r][m], code[r], low);
             }
         }
         if (whole && p % PIECES == 0)

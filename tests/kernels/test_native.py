@@ -49,10 +49,14 @@ def test_a_library_is_built_once_for_its_sources_and_flags(
 @needs_compiler
 def test_a_changed_header_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "SOURCES", tmp_path)
-    (tmp_path / "pool.c").write_text("int seven(void) { return 7; }\n")
+    (tmp_path / "pool.c").write_text('#include "other.c"\nint seven(void) { return SOME; }\n')
+    (tmp_path / "other.c").write_text('#include <math.h>\n#include "some.h"\n')
+    (tmp_path / "some.h").write_text("#define SOME 7\n")
     flags = (*native.FLAGS, *native._machine_flags())
     bare = native._key("pool", native._compiler(), flags)
-    (tmp_path / "some.h").write_text("#define SOME 1\n")
+    (tmp_path / "unused.h").write_text("#define UNUSED 1\n")
+    assert native._key("pool", native._compiler(), flags) == bare
+    (tmp_path / "some.h").write_text("#define SOME 8\n")
     assert native._key("pool", native._compiler(), flags) != bare
 
 

@@ -5,15 +5,28 @@ from __future__ import annotations
 import pytest
 
 from autocomp.predictors.additive import AdditivePredictor
+from autocomp.predictors.choose import BestOf
+from autocomp.predictors.ranking import RankingPredictor
+from autocomp.predictors.ranking_net import Training
 from autocomp.predictors.residual import ResidualPredictor
 from autocomp.testing.predictors import CHECKS, Check, Factory
 
+FAST = Training(members=3, width=16, epochs=80)
 FACTORIES: dict[str, Factory] = {
     "additive": lambda metric, table, space: AdditivePredictor(table),
     "ridge": lambda metric, table, space: ResidualPredictor(metric, table, space, "ridge"),
     "gp": lambda metric, table, space: ResidualPredictor(metric, table, space, "gp"),
     "ridge-without-table": lambda metric, table, space: ResidualPredictor(metric, None, space, "ridge"),
     "gp-without-table": lambda metric, table, space: ResidualPredictor(metric, None, space, "gp"),
+    "ranking": lambda metric, table, space: RankingPredictor(metric, table, space, FAST),
+    "ranking-without-table": lambda metric, table, space: RankingPredictor(metric, None, space, FAST),
+    "best": lambda metric, table, space: BestOf(
+        metric,
+        {
+            "ridge": ResidualPredictor(metric, table, space),
+            "ranking": RankingPredictor(metric, table, space, FAST),
+        },
+    ),
 }
 
 
