@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autocomp.errors import AutocompError, JobError
 from autocomp.objective import Constraint, Objective
 from autocomp.registry import EXECUTORS, SEARCHERS, SPACES, WORKLOADS
+
+if TYPE_CHECKING:
+    from autocomp.search_spaces.base import Space
 
 
 class Config(BaseModel):
@@ -194,6 +197,15 @@ class Job(Config):
     def resolved(self) -> dict[str, Any]:
         """The job with every default filled in, as plain JSON data."""
         return self.model_dump(mode="json")
+
+    def spaces(self) -> list[Space]:
+        """The kinds of compression that are searched, with their options. They load no weights."""
+        found = []
+        for entry in self.space:
+            ((name, options),) = entry.items()
+            space = SPACES.get(name)
+            found.append(space(space.Config.model_validate(options)))
+        return found
 
     def parsed_objectives(self) -> tuple[Objective, ...]:
         return tuple(Objective.parse(o) for o in self.objectives)

@@ -28,6 +28,7 @@ from autocomp.plan import Plan, make_plan, make_problem
 from autocomp.predictors.audit import audit
 from autocomp.predictors.latency import latency_table, operation_keys, rebase
 from autocomp.profile import ProfileRequest, ProfileResult
+from autocomp.search_spaces.base import Space
 from autocomp.searchers.base import LocalModel, Problem, ProfilingSearcher, Searcher, unsupported
 from autocomp.space import AdditiveTable, Candidate
 from autocomp.spread import spread
@@ -218,7 +219,23 @@ class Study:
         problem = make_problem(
             self.plan, self.description, self.objectives, self.constraints, profiles, self.job.searcher.seed
         )
-        return replace(problem, local=self._local_models(problem))
+        return replace(problem, local=self._local_models(problem), traits=self._traits())
+
+    def _traits(self) -> Callable[[Candidate], Sequence[float]] | None:
+        """What the spaces know of a candidate beyond its choices; ``None`` when that is nothing."""
+        site = self.description.site
+        spaces = [s for s in self.job.spaces() if type(s).traits is not Space.traits]
+        for space in spaces:
+            space.decisions(site)
+        known: dict[str, list[float]] = {}
+
+        def traits(candidate: Candidate) -> list[float]:
+            if candidate.fingerprint not in known:
+                values = candidate.values
+                known[candidate.fingerprint] = [x for s in spaces for x in s.traits(site, values)]
+            return known[candidate.fingerprint]
+
+        return traits if spaces else None
 
     def _latency(self, times: ProfileResult, metric: str) -> AdditiveTable:
         table = latency_table(self.description, times, metric)

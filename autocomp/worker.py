@@ -30,8 +30,8 @@ from autocomp.objective import Constraint, Objective
 from autocomp.predictors.grams import GramStore
 from autocomp.profiling import METHODS, Profiler
 from autocomp.quantize.bank import LayerBank, default_folder
-from autocomp.registry import EXPORTERS, SPACES, WORKLOADS
-from autocomp.search_spaces.base import Space, exact_tables
+from autocomp.registry import EXPORTERS, WORKLOADS
+from autocomp.search_spaces.base import exact_tables
 from autocomp.space import AdditiveTable, Candidate, Decision, SearchSpace, Value
 from autocomp.trial import Estimate, Fidelity, Measurement
 from autocomp.workloads.base import Built, Workload
@@ -57,7 +57,7 @@ class ModelWorker:
         self.workload: Workload = workload(workload.Config.model_validate(options), seed=self.job.seed)
         with computing(self.lock):
             self.built: Built = self.workload.load(self.device)
-        self.spaces = _spaces(self.job)
+        self.spaces = self.job.spaces()
         self._prepare()
         gc.collect()
         gc.freeze()  # the model never dies: collections between timings need not walk through it
@@ -310,15 +310,6 @@ def _check_finite(metrics: Mapping[str, Estimate]) -> None:
     for name, estimate in metrics.items():
         if not math.isfinite(estimate.value):
             raise FloatingPointError(f"{name} is {estimate.value}")
-
-
-def _spaces(job: Job) -> list[Space]:
-    found = []
-    for entry in job.space:
-        ((name, options),) = entry.items()
-        space = SPACES.get(name)
-        found.append(space(space.Config.model_validate(options)))
-    return found
 
 
 def _device(wanted: str) -> str:

@@ -15,18 +15,28 @@ from autocomp.predictors.audit import ENOUGH, left_out, rank_correlations
 from autocomp.predictors.base import Prediction, Predictor
 from autocomp.predictors.ranking import RankingPredictor
 from autocomp.predictors.residual import ResidualPredictor
+from autocomp.predictors.sequence import Traits
+from autocomp.predictors.trees import TreesPredictor
 from autocomp.space import AdditiveTable, Candidate, SearchSpace
 from autocomp.trial import Trial
 
-KINDS = ("ridge", "gp", "ranking", "best")
+KINDS = ("ridge", "gp", "trees", "ranking", "best")
 
 
-def make_predictor(kind: str, metric: str, table: AdditiveTable | None, space: SearchSpace) -> Predictor:
+def make_predictor(
+    kind: str,
+    metric: str,
+    table: AdditiveTable | None,
+    space: SearchSpace,
+    traits: Traits | None = None,
+) -> Predictor:
     """A predictor of ``metric`` for candidates of ``space``, not fitted yet.
 
     Args:
-        kind: ``ridge`` or ``gp`` (values around a table), ``ranking`` (order of sequences), ``best`` (of
+        kind: ``ridge`` or ``gp`` (values around a table), ``trees`` (features of the whole),
+            ``ranking`` (order of sequences), ``best`` (of
             these, by cross-validation at every fit).
+        traits: further features of a candidate, which ``trees`` and ``ranking`` use.
 
     Raises:
         JobError: there is no such kind.
@@ -34,11 +44,13 @@ def make_predictor(kind: str, metric: str, table: AdditiveTable | None, space: S
     match kind:
         case "ridge" | "gp":
             return ResidualPredictor(metric, table, space, kind)
+        case "trees":
+            return TreesPredictor(metric, table, space, traits=traits)
         case "ranking":
-            return RankingPredictor(metric, table, space)
+            return RankingPredictor(metric, table, space, traits=traits)
         case "best":
-            names = ("ridge", "gp", "ranking")
-            return BestOf(metric, {n: make_predictor(n, metric, table, space) for n in names})
+            names = ("ridge", "gp", "trees", "ranking")
+            return BestOf(metric, {n: make_predictor(n, metric, table, space, traits) for n in names})
     raise JobError(f"unknown predictor {kind!r}; known: {', '.join(KINDS)}")
 
 

@@ -20,7 +20,7 @@ from autocomp.predictors.additive import AdditivePredictor, usable_trials
 from autocomp.predictors.audit import rank_correlations
 from autocomp.predictors.base import Prediction
 from autocomp.predictors.ranking_net import Networks, Training, train
-from autocomp.predictors.sequence import SequenceEncoder, Sequences
+from autocomp.predictors.sequence import SequenceEncoder, Sequences, Traits
 from autocomp.space import AdditiveTable, Candidate, SearchSpace
 from autocomp.trial import Trial
 
@@ -38,6 +38,7 @@ class RankingPredictor:
         table: additive prior, or ``None``: then the mean of the trials.
         space: decisions of the candidates; those of one block are a slot, slots are read in order.
         training: sizes of the networks and how they are trained.
+        traits: further features of a candidate (``Problem.traits``).
 
     Attributes:
         cross_validated: Kendall's tau of the predictions of trials that their network did not see; NaN before
@@ -45,11 +46,16 @@ class RankingPredictor:
     """
 
     def __init__(
-        self, metric: str, table: AdditiveTable | None, space: SearchSpace, training: Training | None = None
+        self,
+        metric: str,
+        table: AdditiveTable | None,
+        space: SearchSpace,
+        training: Training | None = None,
+        traits: Traits | None = None,
     ) -> None:
         self.metric, self.table, self.space = metric, table, space
         self.training = training or Training()
-        self.encoder = SequenceEncoder(space)
+        self.encoder = SequenceEncoder(space, traits)
         self._reset()
 
     def _reset(self) -> None:

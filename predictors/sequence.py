@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +22,7 @@ from autocomp.predictors.features import Encoder
 from autocomp.space import Candidate, Choice, Decision, Interval, Ordered, SearchSpace, Value
 
 Floats = NDArray[np.float64]
+Traits = Callable[[Candidate], Sequence[float]]
 
 WAVES = (1.0, 2.0, 4.0)
 """Half periods over an interval's range of its sine and cosine features."""
@@ -80,10 +81,14 @@ class SequenceEncoder:
 
     The clock of a slot is the kind that an ``Ordered`` constraint names (times), or else one whose values are
     given and fall from slot to slot, or else the slot's own place.
+
+    Args:
+        space: decisions of the candidates.
+        traits: further features of a candidate as a whole (``Problem.traits``), always as many.
     """
 
-    def __init__(self, space: SearchSpace) -> None:
-        self.space = space
+    def __init__(self, space: SearchSpace, traits: Traits | None = None) -> None:
+        self.space, self.traits = space, traits
         self._encoder = Encoder(space, None)
         ordered = sorted(space.decisions, key=lambda d: d.name)
         self.blocks = sorted({d.block for d in ordered if d.block is not None})
@@ -129,7 +134,10 @@ class SequenceEncoder:
         own = np.take_along_axis(own, order[:, :, None], axis=1)
         clock, present = np.take_along_axis(clock, order, axis=1), np.take_along_axis(used, order, axis=1)
         steps = np.concatenate([own, _clock_features(clock, present)], axis=2) * present[:, :, None]
-        return Sequences(steps, present, self._whole(codes, own, present))
+        whole = self._whole(codes, own, present)
+        if self.traits is not None and n:
+            whole = np.concatenate([whole, [self.traits(c) for c in candidates]], axis=1)
+        return Sequences(steps, present, whole)
 
     def codes(self, candidate: Candidate) -> Floats:
         """One row of option numbers and values, ``[decisions]``; raises ``SpaceError`` for a foreign one."""

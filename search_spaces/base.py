@@ -191,6 +191,12 @@ class Space(ABC):
         score in batches); with ``serving`` true the kernels that will serve it are in place.
         """
 
+    def traits(self, site: ModelSite, choices: Mapping[str, Value]) -> list[float]:
+        """What theory says about ``choices`` before anything is measured, for predictors; always as many
+        numbers. ``decisions`` has been called before."""
+        del site, choices
+        return []
+
     def constraints(self, site: ModelSite, decisions: Sequence[Decision]) -> list[SpaceConstraint]:
         """Constraints between this space's decisions; none by default."""
         del site, decisions

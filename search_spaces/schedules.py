@@ -173,6 +173,15 @@ class Schedules(Space):
         del site, decision, option, device
         return Resources({}, executes="sampler")
 
+    def traits(self, site: ModelSite, choices: Mapping[str, Value]) -> list[float]:
+        """What the schedule does to Gaussian classes; see ``autocomp.diffusion.surrogate``."""
+        from autocomp.diffusion.surrogate import traits
+
+        schedule = self.schedule(choices)
+        if schedule is None:
+            raise SpaceError("this is the workload's own schedule, no candidate of the space")
+        return traits(NoiseSchedule.of(site.scheduler), schedule, guided=site.guided)
+
     def neutral(self, decision: Decision) -> Value:
         """``None`` everywhere: the schedule of the workload's own sampler."""
         del decision

@@ -1,1 +1,1 @@
-"""Sampling from diffusion models: schedules of steps, noise levels, models behind one interface, and the loop."""
+"""Sampling from diffusion models: schedules of steps, noise levels, one interface of models, the loop."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +35,7 @@ class Problem:
         local: what was profiled around candidates that the searcher asked to know better
             (``wants_profile``), oldest first.
         can_profile: whether such a profile can be had.
+        traits: further features of a candidate that need no measuring, for predictors; ``None`` for none.
         seed: all randomness of a searcher comes from ``(seed, len(history) + len(pending))``.
     """
 
@@ -46,6 +47,7 @@ class Problem:
     seed: int = 0
     local: tuple[LocalModel, ...] = ()
     can_profile: bool = False
+    traits: Callable[[Candidate], Sequence[float]] | None = None
 
     def rng(self, step: int) -> np.random.Generator:
         """A generator that depends on the seed and on how far the search is, and on nothing else."""

@@ -57,8 +57,8 @@ class HybridSearcher:
         pool: mutated candidates that are scored at each ask. 0: 200, and 24 where there are no tables: the
             best of a few good children, for of many the predictor would pick its own errors.
         local: share of the decisions that an allocation near a measured point may change.
-        kind: of predictor: ``ridge``, ``gp``, ``ranking`` or ``best`` (see ``make_predictor``); by default
-            ``gp`` where there are floats, ``ridge`` elsewhere.
+        kind: of predictor: ``ridge``, ``gp``, ``trees``, ``ranking`` or ``best`` (see ``make_predictor``); by
+            default ``trees`` where candidates have traits, ``gp`` where there are floats, ``ridge`` elsewhere.
         gap: optimality gap of a solve; above the tables' own error nothing is won by less.
         time_limit: seconds a solve.
         profiles: profiles around front points that may be asked for, one after the first trials and
@@ -80,7 +80,7 @@ class HybridSearcher:
     ) -> None:
         self.problem = problem
         self.points, self.first, self.local = points, first, local
-        self.kind = kind or ("ridge" if problem.space.is_categorical else "gp")
+        self.kind = kind or _default_kind(problem)
         self.gap, self.time_limit = gap, time_limit
         self.profiles = profiles
         self.prior = {m: blended(t, problem.local) for m, t in problem.tables.items()}
@@ -93,7 +93,7 @@ class HybridSearcher:
         else:
             self.starter = EvolutionSearcher(problem)
             self.breeder = self.starter.breeder
-        self.pool = pool or (200 if self.additive else 24)
+        self.pool = pool or (200 if self.additive else 64 if problem.traits else 24)
 
     @staticmethod
     def unsupported(problem: Problem) -> list[str]:
@@ -154,7 +154,9 @@ class HybridSearcher:
             if table is not None and table.exact:
                 models[metric] = AdditivePredictor(table)
             else:
-                models[metric] = make_predictor(self.kind, metric, table, self.problem.space).fit(history)
+                models[metric] = make_predictor(
+                    self.kind, metric, table, self.problem.space, self.problem.traits
+                ).fit(history)
         return models
 
     def _tables(
@@ -275,6 +277,12 @@ class HybridSearcher:
             room = (c.bound - p.mean) if c.upper else (p.mean - c.bound)
             total = total * norm.cdf(room / np.maximum(p.std, 1e-12 * max(1.0, abs(c.bound))))
         return np.asarray(total)
+
+
+def _default_kind(problem: Problem) -> str:
+    if problem.traits is not None:
+        return "trees"
+    return "ridge" if problem.space.is_categorical else "gp"
 
 
 def _own(trials: Iterable[Trial]) -> list[Trial]:

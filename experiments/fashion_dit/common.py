@@ -28,4 +28,6 @@ def labels_of(seeds: range) -> torch.Tensor:
 def reference(extractor: Any) -> Gaussian:
     """Features' statistics of the real images."""
     pixels = torch.from_numpy(np.load(CHECKPOINTS / "real.npz")["images"]).float()[:, None] / 127.5 - 1
-    return gaussian(np.concatenate([extractor.resnet(x).pooler_output.flatten(1).numpy() for x in pixels.split(500)]))
+    return gaussian(
+        np.concatenate([extractor.resnet(x).pooler_output.flatten(1).numpy() for x in pixels.split(500)])
+    )

@@ -1,8 +1,8 @@
-"""Searched schedules against the best shipped ones, on fresh noise: the same for all, so that differences count.
+"""Searched schedules against the best shipped ones, on fresh noise that is the same for all.
 
 Reads ``results/shipped.json`` and the run folders of searches (``NAME=RUN``), samples each winner through
-diffusers' own scheduler interface, and gives the Frechet distance with its standard error and the difference to
-the best shipped solver of as many steps with the standard error of that difference.
+diffusers' own scheduler interface, and gives the Frechet distance with its standard error and the difference
+to the best shipped solver of as many steps with the standard error of that difference.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from shipped import features, sample
 from transformers import ResNetForImageClassification
 
 import autocomp
-from autocomp.diffusion.scheduler import UnifiedScheduler
 from autocomp.diffusion.schedule import Schedule
+from autocomp.diffusion.scheduler import UnifiedScheduler
 from autocomp.job import Job
 from autocomp.measure.images import fd_estimate, influence
 from autocomp.run_files import read_description
@@ -51,9 +51,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shipped = json.loads(Path("results/shipped.json").read_text())
     folder = CHECKPOINTS / shipped["model"]
-    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    model = diffusers.DiTTransformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32
+    ).eval()
     extractor = ResNetForImageClassification.from_pretrained(CHECKPOINTS / "classifier").eval()
-    real, config = reference(extractor), dict(diffusers.DDPMScheduler.from_pretrained(folder / "scheduler").config)
+    real, config = (
+        reference(extractor),
+        dict(diffusers.DDPMScheduler.from_pretrained(folder / "scheduler").config),
+    )
     entries: list[tuple[str, int, Any]] = [
         (row["solver"], row["steps"], getattr(diffusers, row["solver"]).from_config(config, **row["options"]))
         for row in shipped["rows"]
@@ -68,7 +73,9 @@ def main() -> None:
         found = fd_estimate(made, real)
         effects[name, steps] = influence(made, real)
         rows.append({"sampler": name, "steps": steps, "fd": found.value, "stderr": found.stderr})
-        best = min((r for r in rows if r["steps"] == steps and r["sampler"] in SHIPPED), key=lambda r: r["fd"])
+        best = min(
+            (r for r in rows if r["steps"] == steps and r["sampler"] in SHIPPED), key=lambda r: r["fd"]
+        )
         apart = effects[name, steps] - effects[best["sampler"], steps]
         rows[-1] |= {"against": best["sampler"], "difference": found.value - best["fd"],
                      "difference_stderr": float(apart.std() / np.sqrt(args.images))}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as tensors, from Debian's package ``dataset-fashion-mnist`` or any folder with its four files."""
+"""Fashion-MNIST as tensors, from Debian's package ``dataset-fashion-mnist`` or a folder with its files."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``measure`` samples ``--images`` images with each of ``--configs`` configurations (schedule, solver, weight
 bits) into a cache of float16 features. ``search`` looks for subsets on half of the configurations, over
-several random halves, and writes how they rank the other half to ``flash_eval_results.json``, and one subset
+several random halves, and writes how they rank the other half to ``results/flash_eval.json``, and one subset
 of a tenth of the images, searched on all configurations, to ``flash_eval_subset.json``: a job's
 ``data.subset``.
 """
@@ -87,7 +87,7 @@ def search(args: argparse.Namespace) -> None:
             print(rows[-1], flush=True)
         if metric == "fd":
             best = choose_samples(score, args.images // 10, draws=40, final=True)
-            best.save(args.out.parent / "flash_eval_subset.json")
+            best.save(HERE / "flash_eval_subset.json")
     data = {"images": args.images, "repeats": args.repeats, "results": rows}
     args.out.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--configs", type=int, default=30)
     parser.add_argument("--cache", type=Path, default=HERE / "flash_eval_cache")
     parser.add_argument("--repeats", type=int, default=5, help="random halves of the configurations")
-    parser.add_argument("--out", type=Path, default=HERE / "flash_eval_results.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "flash_eval.json")
     args = parser.parse_args()
     {"measure": measure, "search": search}[args.action](args)
 

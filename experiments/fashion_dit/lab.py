@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,15 @@ class Lab:
             rounded = original if scheme.is_dense else quantize(original, scheme, method="mse").dequantize()
             module.weight.data.copy_(rounded)
 
-    def sample(self, schedule: Schedule, images: int, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
-        """Features ``[images, d]`` and whether the classifier sees the label, ``[images]``."""
+    def sample(
+        self, schedule: Schedule, images: int | Sequence[int], batch: int = 250
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features ``[images, d]`` and whether the classifier sees the label, ``[images]``; of the first
+        ``images`` samples, or of those with the given numbers."""
         sampler = Sampler({"": self.denoiser}, self.config, schedule, GUIDANCE)
         rows, right = [], []
-        for start in range(0, images, batch):
-            index = range(start, min(start + batch, images))
+        chosen = list(range(images)) if isinstance(images, int) else list(images)
+        for index in (chosen[i : i + batch] for i in range(0, len(chosen), batch)):
             noise, labels = (
                 sample_noise(0, "proxy", index, (1, *self.denoiser.size)),
                 torch.tensor(index) % CLASSES,

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampler", default="dpmsolver++")
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=1.2)
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--activations", action="store_true", help="bits of activations, not of weights")
     parser.add_argument("--ranges", type=int, default=4, help="of time, for activations")

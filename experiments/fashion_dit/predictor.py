@@ -1,8 +1,8 @@
 """How well can a schedule's Frechet distance be predicted from other schedules'?
 
-``measure`` samples images with random schedules of the space ``schedules`` and writes one table,
+``measure`` samples a chosen subset of images with schedules of the space ``schedules`` and writes a table,
 ``predictor_table.json.gz``; ``compare`` fits every kind of predictor to parts of it and writes Kendall's tau
-on the rest to ``predictor_results.json``. The comparison needs no model.
+on the rest to ``results/predictor.json``. The comparison needs no model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import numpy as np
 from lab import Lab
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
 
+from autocomp.diffusion import surrogate
+from autocomp.diffusion.noise import NoiseSchedule
 from autocomp.measure.images import fd_estimate
 from autocomp.predictors.audit import rank_correlations
 from autocomp.predictors.choose import KINDS, make_predictor
-from autocomp.predictors.sequence import SequenceEncoder, Sequences
+from autocomp.predictors.sequence import SequenceEncoder, Sequences, Traits
 from autocomp.search_spaces.base import ModelSite
 from autocomp.search_spaces.schedules import Schedules, SchedulesConfig
 from autocomp.searchers.evolution import Breeder
@@ -30,6 +32,7 @@ from autocomp.trial import Estimate, Fidelity, Measurement, Trial
 HERE = Path(__file__).parent
 TABLE = HERE / "predictor_table.json.gz"
 METRIC = "fd"
+COMPARED = ("ridge", "gp", "trees", "trees+", "ranking", "ranking+", "best+", "boosting", "forest")
 
 
 def the_space(config: dict[str, object], slots: int) -> tuple[Schedules, SearchSpace, list[Candidate]]:
@@ -63,12 +66,13 @@ def measure(args: argparse.Namespace) -> None:
     lab = Lab(args.checkpoints, args.size)
     schedules, space, baselines = the_space(lab.config, args.slots)
     candidates = drawn(space, baselines, args.count, np.random.default_rng(args.seed))
+    samples = json.loads(args.subset.read_text())["indices"]
     rows, began = [], time.time()
     for i, candidate in enumerate(candidates):
         try:
             schedule = schedules.schedule(candidate.values)
             assert schedule is not None
-            found = fd_estimate(lab.sample(schedule, args.images)[0], lab.real)
+            found = fd_estimate(lab.sample(schedule, samples)[0], lab.real)
         except FloatingPointError as error:
             print(f"{i}: {error}", flush=True)
             continue
@@ -80,7 +84,8 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace, space: SearchSpace, rows: list[dict[str, object]]) -> None:
-    data = {"model": args.size, "images": args.images, "space": space_to_json(space), "rows": rows}
+    images = len(json.loads(args.subset.read_text())["indices"])
+    data = {"model": args.size, "images": images, "space": space_to_json(space), "rows": rows}
     args.table.write_bytes(gzip.compress(json.dumps(data).encode(), mtime=0))
 
 
@@ -94,10 +99,30 @@ def load(table: Path) -> tuple[SearchSpace, list[Trial]]:
     return space_from_json(data["space"]), trials
 
 
-def learned(kind: str, space: SearchSpace, train: list[Trial], test: list[Trial]) -> np.ndarray:
-    """Predictions for ``test``, by a predictor of the package or by a forest on the same features."""
-    if kind in KINDS:
-        model = make_predictor(kind, METRIC, None, space).fit(train)
+def theory(args: argparse.Namespace) -> Traits:
+    """What is known of a schedule without measuring it; see ``autocomp.diffusion.surrogate``."""
+    folder = args.checkpoints / args.size / "scheduler"
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    schedules, known = the_space(config, args.slots)[0], {}
+
+    def traits(candidate: Candidate) -> list[float]:
+        if candidate.fingerprint not in known:
+            found = schedules.schedule(candidate.values)
+            assert found is not None
+            known[candidate.fingerprint] = surrogate.traits(NoiseSchedule.of(config), found)
+        return known[candidate.fingerprint]
+
+    return traits
+
+
+def learned(
+    kind: str, space: SearchSpace, train: list[Trial], test: list[Trial], traits: Traits
+) -> np.ndarray:
+    """Predictions for ``test``, by a predictor of the package (``+``: with what theory says), or by a forest
+    on its features."""
+    name, theory, _ = kind.partition("+")
+    if name in KINDS:
+        model = make_predictor(name, METRIC, None, space, traits if theory else None).fit(train)
         return model.predict([t.candidate for t in test]).mean
     encoder = SequenceEncoder(space)
     x, unseen = (flat(encoder([t.candidate for t in part])) for part in (train, test))
@@ -119,11 +144,11 @@ def flat(data: Sequences) -> np.ndarray:
 
 def compare(args: argparse.Namespace) -> None:
     """Tau on held-out schedules, mean and spread over random divisions."""
-    space, trials = load(args.table)
+    (space, trials), traits = load(args.table), theory(args)
     measured = np.array([t.value(METRIC) for t in trials])
     held, results = min(100, len(trials) // 3), []
     for size in [n for n in (50, 100, 200) if n + held <= len(trials)]:
-        taus: dict[str, list[float]] = {k: [] for k in (*KINDS, "boosting", "forest")}
+        taus: dict[str, list[float]] = {k: [] for k in COMPARED}
         seconds = dict.fromkeys(taus, 0.0)
         for seed in range(args.repeats):
             order = np.random.default_rng(seed).permutation(len(trials))
@@ -131,7 +156,7 @@ def compare(args: argparse.Namespace) -> None:
             parts = [trials[i] for i in train], [trials[i] for i in test]
             for kind in taus:
                 began = time.process_time()
-                taus[kind].append(rank_correlations(learned(kind, space, *parts), measured[test])[1])
+                taus[kind].append(rank_correlations(learned(kind, space, *parts, traits), measured[test])[1])
                 seconds[kind] += (time.process_time() - began) / args.repeats
         for kind, found in taus.items():
             row = {
@@ -155,9 +180,9 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--slots", type=int, default=10)
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--images", type=int, default=250)
+    parser.add_argument("--subset", type=Path, default=HERE / "flash_eval_subset.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "predictor_results.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "predictor.json")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     {"measure": measure, "compare": compare}[args.action](args)

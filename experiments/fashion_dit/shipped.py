@@ -1,4 +1,4 @@
-"""Samplers as diffusers ships them: each solver's best spacing at each number of steps, then its Frechet distance.
+"""Samplers as diffusers ships them: each solver's best spacing for each number of steps, and how good it is.
 
 Every option that decides where the steps lie is tried on few images; the best of each solver is measured on
 many, from other seeds.
@@ -30,15 +30,22 @@ def settings(solver: str) -> list[dict[str, Any]]:
     if solver == "DDIMScheduler":
         return [{"timestep_spacing": s} for s in SPACINGS]
     multistep = solver == "DPMSolverMultistepScheduler"
-    places = [{"timestep_spacing": s} for s in SPACINGS] + list(SHAPES) + [{"use_lu_lambdas": True}] * multistep
+    places = (
+        [{"timestep_spacing": s} for s in SPACINGS] + list(SHAPES) + [{"use_lu_lambdas": True}] * multistep
+    )
     kinds = ([(2, "midpoint"), (2, "heun"), (3, "midpoint")] if multistep
              else [(order, kind) for order in (2, 3) for kind in ("bh1", "bh2")])  # fmt: skip
-    found = [{"solver_order": n, "solver_type": kind, **place} for (n, kind), place in itertools.product(kinds, places)]
+    found = [
+        {"solver_order": n, "solver_type": kind, **place}
+        for (n, kind), place in itertools.product(kinds, places)
+    ]
     return found + [{"final_sigmas_type": "sigma_min", **place} for place in places]
 
 
 @torch.inference_mode()
-def sample(model: Any, scheduler: Any, steps: int, seeds: range, guidance: float, batch: int = 64) -> torch.Tensor:
+def sample(
+    model: Any, scheduler: Any, steps: int, seeds: range, guidance: float, batch: int = 64
+) -> torch.Tensor:
     images = []
     for rows in [seeds[i : i + batch] for i in range(0, len(seeds), batch)]:
         x, labels = noise_of(rows), labels_of(rows)
@@ -55,9 +62,7 @@ def sample(model: Any, scheduler: Any, steps: int, seeds: range, guidance: float
 
 @torch.inference_mode()
 def features(extractor: Any, images: torch.Tensor) -> np.ndarray:
-    return np.concatenate(
-        [extractor.resnet(x).pooler_output.flatten(1).numpy() for x in images.split(500)]
-    )
+    return np.concatenate([extractor.resnet(x).pooler_output.flatten(1).numpy() for x in images.split(500)])
 
 
 def main() -> None:
@@ -72,9 +77,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = CHECKPOINTS / args.model
-    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    model = diffusers.DiTTransformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32
+    ).eval()
     extractor = ResNetForImageClassification.from_pretrained(CHECKPOINTS / "classifier").eval()
     real, rows, start = reference(extractor), [], time.time()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for steps in args.steps:
         for solver in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
             tried = []
@@ -90,14 +98,20 @@ def main() -> None:
             best = min(tried, key=lambda x: x[0])
             scheduler = getattr(diffusers, solver).from_pretrained(folder / "scheduler", **best[1])
             seeds = range(10**6, 10**6 + args.images)
-            found = fd_estimate(features(extractor, sample(model, scheduler, steps, seeds, args.guidance)), real)
+            found = fd_estimate(
+                features(extractor, sample(model, scheduler, steps, seeds, args.guidance)), real
+            )
             rows.append(
                 {"steps": steps, "solver": solver, "options": best[1], "tried": len(tried), "fd": found.value,
                  "stderr": found.stderr, "images": args.images}
             )  # fmt: skip
             print(f"{time.time() - start:.0f} s", rows[-1], flush=True)
+            whole = {"model": args.model, "guidance": args.guidance, "rows": rows}
+            args.out.write_text(json.dumps(whole, indent=1) + "\n")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"model": args.model, "guidance": args.guidance, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"model": args.model, "guidance": args.guidance, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

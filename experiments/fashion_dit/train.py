@@ -30,8 +30,8 @@ WARM_UP = 200
 def build(size: str) -> DiTTransformer2DModel:
     patch, width, heads, layers, *_ = SIZES[size]
     return DiTTransformer2DModel(
-        sample_size=28, patch_size=patch, in_channels=1, out_channels=1, num_layers=layers, num_attention_heads=heads,
-        attention_head_dim=width // heads, num_embeds_ada_norm=len(data.CLASSES), norm_num_groups=1,
+        sample_size=28, patch_size=patch, in_channels=1, out_channels=1, norm_num_groups=1, num_layers=layers,
+        num_attention_heads=heads, attention_head_dim=width // heads, num_embeds_ada_norm=len(data.CLASSES),
     )  # fmt: skip
 
 
@@ -45,7 +45,10 @@ def main() -> None:
     torch.manual_seed(0)
     batch, steps = SIZES[args.size][4], args.steps or SIZES[args.size][5]
     images, labels = data.load("train")
-    model, noise = build(args.size).train(), DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction")
+    model, noise = (
+        build(args.size).train(),
+        DDPMScheduler(num_train_timesteps=1000, prediction_type="v_prediction"),
+    )
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0, betas=(0.9, 0.99))
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, WARM_UP)
@@ -75,7 +78,12 @@ def main() -> None:
     folder = args.out / args.size
     average.half().save_pretrained(folder / "transformer")
     noise.save_pretrained(folder / "scheduler")
-    record = {"steps": steps, "batch": batch, "seconds": round(time.time() - start), "loss": sum(losses[-200:]) / 200}
+    record = {
+        "steps": steps,
+        "batch": batch,
+        "seconds": round(time.time() - start),
+        "loss": sum(losses[-200:]) / 200,
+    }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

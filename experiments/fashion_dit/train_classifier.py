@@ -46,7 +46,10 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             step += 1
-        print(f"step {step}: test accuracy {accuracy(model, *test):.4f}, {time.time() - start:.0f} s", flush=True)
+        print(
+            f"step {step}: test accuracy {accuracy(model, *test):.4f}, {time.time() - start:.0f} s",
+            flush=True,
+        )
     model.save_pretrained(args.out)
 
 

@@ -9,6 +9,7 @@ from autocomp.predictors.choose import BestOf
 from autocomp.predictors.ranking import RankingPredictor
 from autocomp.predictors.ranking_net import Training
 from autocomp.predictors.residual import ResidualPredictor
+from autocomp.predictors.trees import TreesPredictor
 from autocomp.testing.predictors import CHECKS, Check, Factory
 
 FAST = Training(members=3, width=16, epochs=80)
@@ -20,6 +21,8 @@ FACTORIES: dict[str, Factory] = {
     "gp-without-table": lambda metric, table, space: ResidualPredictor(metric, None, space, "gp"),
     "ranking": lambda metric, table, space: RankingPredictor(metric, table, space, FAST),
     "ranking-without-table": lambda metric, table, space: RankingPredictor(metric, None, space, FAST),
+    "trees": lambda metric, table, space: TreesPredictor(metric, table, space),
+    "trees-without-table": lambda metric, table, space: TreesPredictor(metric, None, space),
     "best": lambda metric, table, space: BestOf(
         metric,
         {
