@@ -58,7 +58,7 @@ class HybridSearcher:
             best of a few good children, for of many the predictor would pick its own errors.
         local: share of the decisions that an allocation near a measured point may change.
         kind: of predictor: ``ridge``, ``gp``, ``trees``, ``ranking`` or ``best`` (see ``make_predictor``); by
-            default ``trees`` where candidates have traits, ``gp`` where there are floats, ``ridge`` elsewhere.
+            default ``trees`` where candidates have traits, ``gp`` where there are floats, else ``ridge``.
         gap: optimality gap of a solve; above the tables' own error nothing is won by less.
         time_limit: seconds a solve.
         profiles: profiles around front points that may be asked for, one after the first trials and

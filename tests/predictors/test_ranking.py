@@ -243,5 +243,5 @@ def test_predictors_by_name() -> None:
     assert isinstance(make_predictor("gp", "fd", None, space), ResidualPredictor)
     assert isinstance(make_predictor("ranking", "fd", None, space), RankingPredictor)
     assert isinstance(make_predictor("best", "fd", None, space), BestOf)
-    with pytest.raises(JobError, match="unknown predictor 'magic'; known: ridge, gp, ranking, best"):
+    with pytest.raises(JobError, match="unknown predictor 'magic'; known: ridge, gp, trees, ranking, best"):
         make_predictor("magic", "fd", None, space)
