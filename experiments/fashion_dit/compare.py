@@ -19,7 +19,7 @@ from common import CHECKPOINTS, reference
 from shipped import features, sample
 from transformers import ResNetForImageClassification
 
-import autocomp
+from autocomp.api import front_of
 from autocomp.diffusion.schedule import Schedule
 from autocomp.diffusion.scheduler import UnifiedScheduler
 from autocomp.job import Job
@@ -36,7 +36,7 @@ def winner(run: Path) -> Schedule:
     options = next(e["schedules"] for e in job.space if "schedules" in e)
     space = Schedules(Schedules.Config.model_validate(options))
     space.decisions(read_description(run).site)
-    found = space.schedule(autocomp.front_of(run).select("min fd").candidate.values)
+    found = space.schedule(front_of(run).select("min fd").candidate.values)
     assert found is not None
     return found
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", help="NAME=RUN_FOLDER")
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/steps.json"))
     args = parser.parse_args()
@@ -62,6 +63,7 @@ def main() -> None:
     entries: list[tuple[str, int, Any]] = [
         (row["solver"], row["steps"], getattr(diffusers, row["solver"]).from_config(config, **row["options"]))
         for row in shipped["rows"]
+        if row["steps"] in args.steps
     ]
     for text in args.runs:
         name, _, run = text.partition("=")

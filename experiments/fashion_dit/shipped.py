@@ -52,10 +52,12 @@ def sample(
         scheduler.set_timesteps(steps)
         both = torch.cat([labels, torch.full_like(labels, 10)])
         x = x * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
+        plan = getattr(scheduler, "schedule", None)  # a searched one may leave out guidance at some steps
+        for i, t in enumerate(scheduler.timesteps):
             inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
             given, free = model(inputs, timestep=t.expand(len(both)), class_labels=both).sample.chunk(2)
-            x = scheduler.step(free + guidance * (given - free), t, x).prev_sample
+            scale = guidance if plan is None or plan.steps[i].guidance else 1.0
+            x = scheduler.step(free + scale * (given - free), t, x).prev_sample
         images.append(x.clamp(-1, 1))
     return torch.cat(images)
 

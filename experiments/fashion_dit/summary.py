@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import autocomp
+from autocomp.api import front_of, load
 from autocomp.job import Job
 from autocomp.journal import read_records
 from autocomp.measure.images import fd_estimate, influence
 from autocomp.pareto import hypervolume, non_dominated
-from autocomp.trial import Trial
+from autocomp.trial import Fidelity, Trial
 from autocomp.worker import open_worker
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,12 +110,12 @@ def attention(args: argparse.Namespace) -> None:
 def winner(args: argparse.Namespace) -> None:
     """Export a point, load it, and compare it with the uncompressed model's own sampling."""
     torch.set_num_threads(args.threads)
-    trial = autocomp.front_of(args.run).select(args.select)
+    trial = front_of(args.run).select(args.select)
     job = Job.from_yaml(args.run / "job.yaml", [f"workload.data.report={args.images}"])
     with open_worker(job, args.threads) as worker, tempfile.TemporaryDirectory() as folder:
         workload, built, out = worker.workload, worker.built, Path(folder) / "winner"
         worker.export(trial.candidate.to_json(), "diffusers", str(out))
-        loaded = autocomp.load(out)
+        loaded = load(out)
         worker.apply(trial.candidate, serving=True)
         first = torch.cat([x.clone() for _, x in workload.pictures(built, "report", range(64))])
         same = bool(torch.equal(first, loaded.sample(64)))
@@ -129,7 +129,7 @@ def winner(args: argparse.Namespace) -> None:
             worker.apply(
                 trial.candidate if name == "winner" else worker.uncompressed, serving=name == "winner"
             )
-            features[name] = workload.features_of(built, autocomp.Fidelity(**level))
+            features[name] = workload.features_of(built, Fidelity(**level))
         real = workload.reference(built, "report", args.images)
         loaded.save_grid(RESULTS / "winner.png", 60)
         worker.restore()
