@@ -81,10 +81,10 @@ class Schedules(Space):
         if unknown:
             raise SpaceError(f"schedules: {unknown[0]!r} is not in the workload's zoo; known: {list(zoo)}")
         offered = tuple(self.config.models) or zoo
-        if "model" in self.config.search and len(offered) + self.config.null < 2:
+        if "model" in self.config.search and len(offered) + self.config.skip < 2:
             raise SpaceError(
                 f"schedules: there is one model to choose from ({offered[0]!r}); add others to workload.zoo,"
-                " set null: true, or take 'model' out of search"
+                " set skip: true, or take 'model' out of search"
             )
         return offered
 
@@ -122,7 +122,7 @@ class Schedules(Space):
             case "relax":
                 return Interval(*config.relax)
             case "model":
-                return Choice((None, *models) if config.null and slot else models)  # the first step stays
+                return Choice((None, *models) if config.skip and slot else models)  # the first step stays
         return Choice((False, True))
 
     def constraints(self, site: ModelSite, decisions: Sequence[Decision]) -> list[SpaceConstraint]:
@@ -131,10 +131,10 @@ class Schedules(Space):
         found: list[SpaceConstraint] = []
         if self._varies:
             # Without searched times the model (the last field) is the switch, and the grid stays as it is.
-            rows = [[row[-1], *row[1:-1]] if self.config.null else row for row in slots]
+            rows = [[row[-1], *row[1:-1]] if self.config.skip else row for row in slots]
             names = tuple(d.name for row in rows for d in row)
             rest = tuple(_rest(d) for d in rows[0][1:])
-            found.append(Slots(names, rest, packed=not self.config.null))
+            found.append(Slots(names, rest, packed=not self.config.skip))
         if "time" in self.config.search:
             found.append(Ordered(tuple(row[0].name for row in slots), gap=GAP))
         return found
@@ -206,7 +206,7 @@ class Schedules(Space):
         found = [
             self._candidate(decisions, times, settings)
             for times, settings in (
-                self._thinned(site, decisions, slots) if self.config.null else self._usual(site, slots)
+                self._thinned(site, decisions, slots) if self.config.skip else self._usual(site, slots)
             )
         ]
         return list(dict.fromkeys(found))

@@ -35,12 +35,12 @@ class SchedulesConfig(BaseModel):
     Attributes:
         steps: number of steps, the same for all candidates. With neither ``steps`` nor ``slots``: as many as
             the workload's own sampler takes.
-        slots: largest number of steps where it may vary (``time`` is searched, or ``null`` is set).
+        slots: largest number of steps where it may vary (``time`` is searched, or ``skip`` is set).
         min_steps: smallest number of steps where times are searched.
         search: fields of a step that vary from step to step.
         times: of steps whose time is not searched: a spacing, or the falling times themselves.
         end: time after the last step; 0 is the model's own guess of the clean image.
-        null: a slot may call no model and is then left out (OMS-DPM); times are those of all ``slots``.
+        skip: a slot may call no model and is then left out (OMS-DPM); times are those of all ``slots``.
         orders, predictions: options of these fields.
         relax: lowest and highest relaxation.
         models: names in the workload's zoo, ``""`` for the job's own model; empty for all of them.
@@ -55,7 +55,7 @@ class SchedulesConfig(BaseModel):
     search: list[FieldName] = ["time", "order", "prediction", "corrector"]
     times: Spacing | list[float] = "uniform"
     end: float = Field(0.0, ge=0.0, lt=0.5)
-    null: bool = False
+    skip: bool = False
     orders: list[int] = [1, 2, 3]
     predictions: list[Prediction] = ["data", "noise"]
     relax: tuple[float, float] = (-0.5, 0.5)
@@ -97,10 +97,10 @@ class SchedulesConfig(BaseModel):
             raise ValueError("times are searched, so none can be given; take 'time' out of search")
         if isinstance(self.times, list) and (self.steps or self.slots) not in (0, len(self.times)):
             raise ValueError(f"{len(self.times)} times for {self.steps or self.slots} steps; leave steps out")
-        if self.null and (timed or "model" not in self.search or self.steps):
-            raise ValueError("null needs 'model' in search, times that are not searched, and slots")
-        if self.slots and not (timed or self.null):
-            raise ValueError("slots needs 'time' in search, or null: true; for a fixed number write steps")
+        if self.skip and (timed or "model" not in self.search or self.steps):
+            raise ValueError("skip needs 'model' in search, times that are not searched, and slots")
+        if self.slots and not (timed or self.skip):
+            raise ValueError("slots needs 'time' in search, or skip: true; for a fixed number write steps")
         if self.slots and timed and not self.min_steps < self.slots:
             raise ValueError(f"min_steps = {self.min_steps} must be below slots = {self.slots}")
         return self

@@ -18,7 +18,7 @@ from autocomp.worker import ModelWorker
 
 SPACES: dict[str, dict[str, Any]] = {
     "evolution": {"slots": 5, "min_steps": 2, "search": ["time", "order"]},
-    "hybrid": {"slots": 4, "null": True, "search": ["model", "corrector"]},
+    "hybrid": {"slots": 4, "skip": True, "search": ["model", "corrector"]},
 }
 OPTIONS: dict[str, dict[str, Any]] = {"evolution": {"population": 4}, "hybrid": {"first": 2, "pool": 20}}
 

@@ -31,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "times": {"steps": 6, "search": ["time"]},
     "all": {"steps": 4, "search": EVERYTHING, "end": 1e-3},
     "varying": {"slots": 8, "min_steps": 3, "search": EVERYTHING},
-    "models": {"slots": 10, "null": True, "search": ["model", "order"], "times": "logsnr"},
+    "models": {"slots": 10, "skip": True, "search": ["model", "order"], "times": "logsnr"},
     "given": {"search": ["order", "corrector"], "times": [1.0, 0.6, 0.2]},
     "crowded": {"slots": 60, "search": ["time"], "min_steps": 50},
 }
@@ -198,7 +198,7 @@ def test_log_snr_spacing_is_even_in_log_snr() -> None:
         ({"steps": 4, "slots": 8}, "not both"),
         ({"slots": 8, "search": ["order"]}, "write steps"),
         ({"slots": 8, "min_steps": 8}, "below slots"),
-        ({"null": True, "slots": 4, "search": ["time", "model"]}, "null needs"),
+        ({"skip": True, "slots": 4, "search": ["time", "model"]}, "skip needs"),
         ({"times": [0.5, 0.9], "search": ["order"]}, "must fall"),
         ({"times": [1.0, 0.5]}, "take 'time' out"),
         ({"times": [1.0, 0.5], "steps": 3, "search": ["order"]}, "2 times for 3 steps"),
