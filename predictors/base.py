@@ -21,6 +21,12 @@ class Prediction:
     std: NDArray[np.float64]
 
 
+def log_normal(middle: NDArray[np.float64], deviation: NDArray[np.float64]) -> Prediction:
+    """Median and standard deviation of what has a normal logarithm with these, shape ``[candidates]``."""
+    value = np.exp(np.clip(middle, -600, 600))
+    return Prediction(value, value * np.sqrt(np.expm1(np.minimum(deviation**2, 4.0))) + 1e-300)
+
+
 class Predictor(Protocol):
     """Learns one metric from trials. Usable before the first ``fit`` (then from its prior alone)."""
 

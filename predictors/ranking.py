@@ -15,10 +15,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.errors import SpaceError
 from autocomp.predictors.additive import AdditivePredictor, usable_trials
 from autocomp.predictors.audit import rank_correlations
-from autocomp.predictors.base import Prediction
+from autocomp.predictors.base import Prediction, log_normal
 from autocomp.predictors.ranking_net import Networks, Training, train
 from autocomp.predictors.sequence import SequenceEncoder, Sequences, Traits
 from autocomp.space import AdditiveTable, Candidate, SearchSpace
@@ -74,7 +73,7 @@ class RankingPredictor:
         The result depends on the set of trials and the seed, not on their order.
         """
         self._reset()
-        used = [t for t in usable_trials(trials, self.metric) if self._knows(t.candidate)]
+        used = [t for t in usable_trials(trials, self.metric) if self.encoder.knows(t.candidate)]
         used.sort(key=lambda t: (t.candidate.fingerprint, t.value(self.metric)))
         if self._base is not None:
             used = [t for t in used if math.isfinite(self._base.table.total(t.candidate))]
@@ -90,14 +89,6 @@ class RankingPredictor:
             noise = np.nan_to_num([t.stderr(self.metric) for t in used]) / (values if self._log else 1.0)
             self._train([t.candidate for t in used], (y - self._center) / self._unit, noise / self._unit)
         return self
-
-    def _knows(self, candidate: Candidate) -> bool:
-        """False for a candidate outside the space (a baseline that was measured for comparison)."""
-        try:
-            self.encoder.codes(candidate)
-        except SpaceError:
-            return False
-        return True
 
     def _train(self, candidates: Sequence[Candidate], y: Floats, noise: Floats) -> None:
         """Networks, each of which leaves out one part of the trials; then what their scores are worth."""
@@ -133,10 +124,7 @@ class RankingPredictor:
             return self._base.predict(candidates)
         middle, deviation = self._scored(candidates, data)
         middle, deviation = self._center + self._unit * middle, self._unit * deviation
-        if not self._log:
-            return Prediction(middle, deviation)
-        value = np.exp(np.clip(middle, -600, 600))
-        return Prediction(value, value * np.sqrt(np.expm1(np.minimum(deviation**2, 4.0))) + 1e-300)
+        return log_normal(middle, deviation) if self._log else Prediction(middle, deviation)
 
     def _scored(self, candidates: Sequence[Candidate], data: Sequences) -> tuple[Floats, Floats]:
         """Mean and deviation in units of the target.

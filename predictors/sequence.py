@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from autocomp.errors import SpaceError
 from autocomp.predictors.features import Encoder
 from autocomp.space import Candidate, Choice, Decision, Interval, Ordered, SearchSpace, Value
 
@@ -142,6 +143,14 @@ class SequenceEncoder:
     def codes(self, candidate: Candidate) -> Floats:
         """One row of option numbers and values, ``[decisions]``; raises ``SpaceError`` for a foreign one."""
         return self._encoder.codes(candidate)
+
+    def knows(self, candidate: Candidate) -> bool:
+        """False for a candidate outside the space (a baseline that was measured for comparison)."""
+        try:
+            self.codes(candidate)
+        except SpaceError:
+            return False
+        return True
 
     def _used(self, codes: Floats) -> NDArray[np.bool_]:
         """Slots that run: the clock is there and no option is ``None``, ``[n, slots]``."""

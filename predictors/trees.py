@@ -12,9 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.errors import SpaceError
 from autocomp.predictors.additive import AdditivePredictor, usable_trials
-from autocomp.predictors.base import Prediction
+from autocomp.predictors.base import Prediction, log_normal
 from autocomp.predictors.sequence import SequenceEncoder, Traits
 from autocomp.space import AdditiveTable, Candidate, Ordered, SearchSpace
 from autocomp.trial import Trial
@@ -66,7 +65,7 @@ class TreesPredictor:
         from sklearn.ensemble import ExtraTreesRegressor
 
         self._reset()
-        used = [t for t in usable_trials(trials, self.metric) if self._knows(t.candidate)]
+        used = [t for t in usable_trials(trials, self.metric) if self.encoder.knows(t.candidate)]
         used.sort(key=lambda t: (t.candidate.fingerprint, t.value(self.metric)))
         if self._base is not None:
             used = [t for t in used if np.isfinite(self._base.table.total(t.candidate))]
@@ -87,14 +86,6 @@ class TreesPredictor:
         self._forest.fit(self._features(candidates), rest)
         self._error = float(np.sqrt(np.nanmean((self._forest.oob_prediction_ - rest) ** 2))) + 1e-9
         return self
-
-    def _knows(self, candidate: Candidate) -> bool:
-        """False for a candidate outside the space (a baseline that was measured for comparison)."""
-        try:
-            self.encoder.codes(candidate)
-        except SpaceError:
-            return False
-        return True
 
     def _prior(self, candidates: Sequence[Candidate]) -> Floats:
         """What the table says, or the trials' mean, on the scale that is learned on."""
@@ -137,7 +128,4 @@ class TreesPredictor:
             # Half of the error on left-out trials is taken to be everywhere, half follows the trees' spread.
             spread = each.var(axis=0)
             deviation = self._error * np.sqrt(0.5 + 0.5 * spread / max(float(spread.mean()), 1e-12))
-        if not self._log:
-            return Prediction(middle, deviation)
-        value = np.exp(np.clip(middle, -600, 600))
-        return Prediction(value, value * np.sqrt(np.expm1(np.minimum(deviation**2, 4.0))) + 1e-300)
+        return log_normal(middle, deviation) if self._log else Prediction(middle, deviation)

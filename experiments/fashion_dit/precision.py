@@ -165,7 +165,12 @@ def main() -> None:
                 {m: round(found[m]["value"], 4) for m in found if m != "seconds"},
                 flush=True,
             )
-            args.out.write_text(json.dumps({"job": job.resolved(), "rows": rows}, indent=1) + "\n")
+            args.out.write_text(
+                json.dumps({"job": job.resolved(), "rows": rows}, indent=1).replace(
+                    f"{CHECKPOINTS.parent}/", ""
+                )
+                + "\n"
+            )
 
         names = [d.name for d in plan.space]
         uniform = {b: Candidate.of(dict.fromkeys(names, label(args, b))) for b in args.bits}
