@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autocomp.errors import SpaceError
-from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage
+from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage, regular_expressions
 from autocomp.search_spaces.bitwidths import common_name
 from autocomp.space import Choice, Decision, Value
 
@@ -63,12 +63,7 @@ class ActivationsConfig(BaseModel):
     @field_validator("exclude")
     @classmethod
     def _patterns(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+        return regular_expressions(value)
 
 
 class Activations(Space):

@@ -6,6 +6,7 @@ import torch inside functions only: the driver reads them and never loads weight
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -218,6 +219,16 @@ class Space(ABC):
         if domain.contains(value):
             return value
         return domain.options[-1] if isinstance(domain, Choice) else 0.5 * (domain.low + domain.high)
+
+
+def regular_expressions(value: list[str]) -> list[str]:
+    """``value`` when all of it compiles; raises ``ValueError`` (for pydantic) that names what does not."""
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return value
 
 
 def exact_tables(

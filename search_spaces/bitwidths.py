@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autocomp.errors import SpaceError
 from autocomp.quantize.scheme import Scheme
-from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage
+from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage, regular_expressions
 from autocomp.space import Candidate, Choice, Decision, Value
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ class BitwidthsConfig(BaseModel):
     @field_validator("exclude")
     @classmethod
     def _patterns(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+        return regular_expressions(value)
 
     def labels(self) -> list[str]:
         """Options of a decoder linear, smallest first."""
