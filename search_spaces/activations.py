@@ -1,7 +1,8 @@
 """Activation bits of a diffusion model's linears, by layer and range of time (ViDiT-Q, arXiv 2406.02540;
 MixDQ, arXiv 2405.17873).
 
-Inputs of linears are rounded per token, dynamically, in groups of 64 features; nothing is calibrated.
+Inputs of linears are rounded per token, dynamically, in groups of 64 features; nothing is calibrated. Inputs
+of convolutions stay as they are.
 
 - ``a16``: left as they are.
 - ``a8``: with a packed weight of any width the int8 numbers are multiplied by our kernel, from the same

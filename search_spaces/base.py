@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from autocomp.workloads.base import Built
 
 
+MATRICES = ("linear", "conv")
+"""Kinds of parts whose weight is a matrix that multiplies activations."""
+
+
 class Stage(IntEnum):
     """The order in which the spaces of a joint search are applied to a model."""
 
@@ -38,8 +42,9 @@ class Part:
 
     Attributes:
         path: module path in the model, ``model.layers.0.self_attn.q_proj``.
-        kind: ``linear``, ``embedding`` or another word that workload and space agree on.
-        shape: ``(output features, input features)``; for an embedding ``(rows, width)``.
+        kind: ``linear``, ``conv``, ``embedding`` or another word that workload and space agree on.
+        shape: ``(output features, input features)``; for an embedding ``(rows, width)``, for a convolution
+            ``(output channels, input channels * kernel height * kernel width)``.
         block: index of the repeated block, ``None`` outside of one.
         tie: parts with the same tie read the same input (q/k/v, gate/up) or share a weight, so serving
             engines fuse them and want one format.
@@ -47,10 +52,14 @@ class Part:
         shared_with: path of the part that owns the weight, when this one only borrows it (tied head).
         window: of a ``kv_group``: the last tokens its layer looks at by itself, 0 for all.
         rows: of a ``linear`` in an image model: rows of its input for each row of the model's (the image's
-            tokens, or 1 where it reads one vector an image); 1 in language models, whose rows are tokens.
+            tokens, or 1 where it reads one vector an image); 1 in language models, whose rows are tokens. Of
+            a ``conv``: its output positions.
+        conv: of a ``conv``: kernel, stride, padding and the size of the image that it reads,
+            ``k3x3s1x1p1x1@16x16``.
 
-    A part of kind ``image_attention`` is a self-attention module over the positions of an image: ``shape`` is
-    ``(heads, features a head, positions)``.
+    A part of kind ``image_attention`` is an attention module over the tokens of an image: ``shape`` is
+    ``(heads, features a head, image tokens)``, with the text's tokens behind where the two are one sequence
+    (SD3, Flux); ``role`` is the name of its form (``diffusion/attention_forms.py``).
 
     A part of kind ``kv_group`` is one key/value head of an attention module with the query heads that share
     it: ``path`` is that of the module (which is in ``tie``) with ``.kv0``, ``.kv1`` ... behind it, ``shape``
@@ -66,6 +75,7 @@ class Part:
     shared_with: str = ""
     window: int = 0
     rows: int = 1
+    conv: str = ""
 
     @property
     def numel(self) -> int:
@@ -90,7 +100,7 @@ class ModelSite:
         context, batch: tokens and sequences in the caches of the deployment scenario; 0 where there are none.
         lengths: sequence lengths that profiles look at.
         lacking: kind of part that a space might ask for -> why this model has none.
-        image_attention: self-attention modules of an image model (parts of that kind) in execution order.
+        image_attention: attention modules of an image model (parts of that kind) in execution order.
         models: names of the models that a schedule may call, the own (empty) first; none without sampling.
         snapshots: saved checkpoints of the model that the job names.
         steps: steps of the uncompressed model's schedule; 0 without sampling.
@@ -198,6 +208,11 @@ class Space(ABC):
         del site, choices
         return []
 
+    def notes(self, site: ModelSite) -> list[str]:
+        """What a user would expect this space to search in the model and it does not, with the reason."""
+        del site
+        return []
+
     def constraints(self, site: ModelSite, decisions: Sequence[Decision]) -> list[SpaceConstraint]:
         """Constraints between this space's decisions; none by default."""
         del site, decisions
@@ -242,7 +257,7 @@ def exact_tables(
     what they say (``kv_mb``, ``density``).
     """
     weights = sum(next(iter(row.values())).metrics.get("weights", 0.0) for row in resources.values() if row)
-    parts = [p for p in site.parts if p.kind in ("linear", "embedding") and not p.shared_with]
+    parts = [p for p in site.parts if p.kind in (*MATRICES, "embedding") and not p.shared_with]
     rest = site.other_bytes + site.itemsize * (sum(p.numel for p in parts) - weights)
     named = dict.fromkeys(
         ["memory_mb", *(m for x in resources.values() for r in x.values() for m in r.metrics)]

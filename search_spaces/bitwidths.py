@@ -1,5 +1,8 @@
 """Bits of every linear layer: how each weight is stored, one choice a linear, tied group, block or model.
 
+In diffusion models 2-D convolutions are layers too: their weights are matrices of output channels by input
+channels and taps of the kernel, and the same kernels multiply them with the patches of the image.
+
 Options are scheme labels (``w4g64``; see ``autocomp.quantize.scheme``). The space covers LLM-MQ (bits and
 16-bit outliers per layer), and the per-layer formats of mixed-precision servers (``granularity: tied``
 keeps q/k/v and gate/up alike, which engines that fuse them require).
@@ -15,7 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autocomp.errors import SpaceError
 from autocomp.quantize.scheme import Scheme
-from autocomp.search_spaces.base import ModelSite, Part, Resources, Space, Stage, regular_expressions
+from autocomp.search_spaces.base import (
+    MATRICES,
+    ModelSite,
+    Part,
+    Resources,
+    Space,
+    Stage,
+    regular_expressions,
+)
 from autocomp.space import Candidate, Choice, Decision, Value
 
 if TYPE_CHECKING:
@@ -35,8 +46,10 @@ class BitwidthsConfig(BaseModel):
         options: scheme labels; when given, they replace the five fields above.
         embeddings: labels for the input embedding (and a head tied to it); empty leaves it alone.
         head: labels for an output head with a weight of its own; empty leaves it alone.
-        granularity: what shares a choice: each ``linear``, ``tied`` group, ``block`` or the whole ``model``.
-        exclude: regular expressions; linears whose path matches one (anywhere) stay as they are.
+        granularity: what shares a choice: each ``linear`` (or convolution), ``tied`` group, ``block`` or the
+            whole ``model``.
+        exclude: regular expressions; linears and convolutions whose path matches one (anywhere) stay as they
+            are.
         method: rounding: ``rtn``, ``mse`` (clipping), ``gptq`` (error-compensated, on calibration data) or
             ``gptq-mse`` (both: the best where time allows).
     """
@@ -107,7 +120,7 @@ class Bitwidths(Space):
         found = [self._decision(key, parts, options) for key, parts in groups.items()]
         found += self._ends(site)
         if not found:
-            linears = sum(p.kind == "linear" for p in site.parts)
+            linears = sum(p.kind in MATRICES for p in site.parts)
             raise SpaceError(
                 f"bitwidths finds nothing to quantize in this {site.family} model: {linears} linears, all"
                 f" excluded by {self.config.exclude}"
@@ -138,7 +151,7 @@ class Bitwidths(Space):
         return [
             p
             for p in site.parts
-            if p.kind == "linear" and p.role == "body" and not any(x.search(p.path) for x in patterns)
+            if p.kind in MATRICES and p.role == "body" and not any(x.search(p.path) for x in patterns)
         ]
 
     def _group(self, part: Part) -> str:
@@ -193,7 +206,6 @@ class Bitwidths(Space):
 
     def resources(self, site: ModelSite, decision: Decision, option: Value, device: str) -> Resources:
         from autocomp.kernels.ops import capability
-        from autocomp.measure.op_table import op_key
 
         scheme = Scheme.parse(str(option))
         bytes_, bits, numel = 0, 0, 0
@@ -206,8 +218,8 @@ class Bitwidths(Space):
                     site.itemsize * part.numel if scheme.is_dense else scheme.weight_bytes(rows, columns)
                 )
                 bits, numel = bits + scheme.bits * part.numel, numel + part.numel
-            if part.kind == "linear":
-                key = op_key((rows, columns), scheme, rows=part.rows)
+            if part.kind in MATRICES:
+                key = _op(part, scheme)
                 ops[key] = ops.get(key, 0) + 1
                 found = capability(scheme, (rows, columns), device)
                 backends.append(found.backend)
@@ -219,6 +231,9 @@ class Bitwidths(Space):
             executes="" if reasons else "+".join(sorted(set(backends))) or "torch",
             reason=reasons[0] if reasons else "",
         )
+
+    def notes(self, site: ModelSite) -> list[str]:
+        return [site.lacking["conv"]] if "conv" in site.lacking else []
 
     def apply(self, built: Built, choices: Mapping[str, Value], *, serving: bool) -> None:
         from autocomp.search_spaces.weights import WeightSwapper
@@ -236,6 +251,16 @@ class Bitwidths(Space):
         if here == there:
             return None
         return WeightSwapper.of(built).move(part.path, str(here), str(there), self.config.method)
+
+
+def _op(part: Part, scheme: Scheme) -> str:
+    """The kernel call of a linear or convolution."""
+    from autocomp.measure.op_table import op_key
+
+    rows, columns = part.shape
+    if part.kind == "conv":
+        return f"conv/{rows}x{columns}/{scheme.label}/{part.conv}"
+    return op_key((rows, columns), scheme, rows=part.rows)
 
 
 def common_name(sites: Sequence[str], key: str) -> str:

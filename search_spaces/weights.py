@@ -12,6 +12,7 @@ from torch import nn
 
 from autocomp.attention.runtime import plain_attention
 from autocomp.errors import SpaceError
+from autocomp.kernels.convolution import ConvForm, PackedConv2d
 from autocomp.kernels.modules import PackedEmbedding, PackedLinear
 from autocomp.quantize.bank import LayerBank, default_folder, tensor_hash
 from autocomp.quantize.rounding import quantize
@@ -28,8 +29,8 @@ class WeightSwapper:
     """Keeps a built model's original modules and weights, and brings the model to any mix of labels.
 
     In the scoring state a module holds the dequantized weight in the model's dtype; in the serving state
-    it is replaced by a packed module that runs the kernels. ``Conv1D`` weights are ``[in, out]``; all
-    tensors here are ``[out, in]``.
+    it is replaced by a packed module that runs the kernels. ``Conv1D`` weights are ``[in, out]``, those of
+    convolutions ``[out, channels, height, width]``; all tensors here are ``[out, in]``.
 
     Attributes:
         built: the model, with the originals of every part.
@@ -89,7 +90,7 @@ class WeightSwapper:
             if self.serving:
                 _put(self.built.model, path, module)
             if self._owner(path) == path:
-                self._set_dense(path, self._original(path))
+                self._set_dense(path, self.built.originals[path])
         self.labels, self.serving = {}, False
         self.built.changed.discard("weights")
 
@@ -120,7 +121,7 @@ class WeightSwapper:
         """As ``quantized``, but the model may be left in its original state."""
         scheme = Scheme.parse(label)
         weight = self._original(path)
-        gptq = method.startswith("gptq") and self.built.site.part(path).kind == "linear"
+        gptq = method.startswith("gptq") and self.built.site.part(path).kind != "embedding"
         if method.startswith("gptq") and not gptq:
             method = "mse"  # an embedding has no calibration inputs
         dtype = _scale_dtype(weight.dtype)
@@ -156,9 +157,9 @@ class WeightSwapper:
             if self.labels.get(path) == wanted.get(path):
                 continue
             if self._owner(path) == path:
-                original = self._original(path)
-                dense = tensors[path].dequantize(original.dtype) if path in tensors else original
-                self._set_dense(path, dense.to(original.device))
+                original = self.built.originals[path]
+                dense = self._dequantized(path, tensors[path]) if path in tensors else original
+                self._set_dense(path, dense)
             self._note(path, wanted.get(path, DENSE))
 
     def _serve(self, wanted: Mapping[str, str], tensors: Mapping[str, QuantizedTensor]) -> None:
@@ -178,11 +179,15 @@ class WeightSwapper:
             elif owner in embeddings:
                 packed = PackedLinear.sharing(embeddings[owner], bias=bias)
             else:
-                packed = PackedLinear(
-                    tensors[owner], bias=bias, device=self.built.device, dtype=self._dtype()
-                )
+                packed = self._packed(module, tensors[owner], bias)
             self._note(path, wanted[path])
             _put(self.built.model, path, packed)
+
+    def _packed(self, module: nn.Module, weight: QuantizedTensor, bias: torch.Tensor | None) -> PackedLinear:
+        device, dtype = self.built.device, self._dtype()
+        if isinstance(module, nn.Conv2d):
+            return PackedConv2d(weight, ConvForm.of(module), bias, device=device, dtype=dtype)
+        return PackedLinear(weight, bias=bias, device=device, dtype=dtype)
 
     def _note(self, path: str, label: str) -> None:
         """Write down what a path is being brought to, step by step, for ``restore``."""
@@ -210,12 +215,18 @@ class WeightSwapper:
     def _original(self, path: str) -> torch.Tensor:
         """The uncompressed weight ``[out, in]``."""
         weight = self.built.originals[path]
-        return weight.T if self._transposed(path) else weight
+        return weight.T if self._transposed(path) else weight.flatten(1)
+
+    def _dequantized(self, path: str, tensor: QuantizedTensor) -> torch.Tensor:
+        """The weight that a packed one stands for, as the module stores it."""
+        original = self.built.originals[path]
+        weight = tensor.dequantize(original.dtype).to(original.device)
+        return weight.T if self._transposed(path) else weight.view(original.shape)
 
     def _set_dense(self, path: str, weight: torch.Tensor) -> None:
         parameter = self._module(path).weight
         assert isinstance(parameter, nn.Parameter)
-        parameter.data = weight.T if self._transposed(path) else weight
+        parameter.data = weight
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:

@@ -18,6 +18,7 @@ from torch import nn
 
 from autocomp.diffusion.state import SamplingState, state_of
 from autocomp.errors import SpaceError
+from autocomp.kernels.convolution import PackedConv2d
 from autocomp.kernels.modules import PackedLinear
 from autocomp.kernels.ops import A8_GROUP
 
@@ -136,7 +137,8 @@ def install(model: nn.Module, plan: ActivationPlan) -> None:
     again after linears were replaced.
 
     Raises:
-        SpaceError: the plan names a module that the model lacks; the model then has no plan.
+        SpaceError: the plan names a module that the model lacks, or a convolution; the model then has no
+            plan.
     """
     remove(model)
     if plan.plain:
@@ -145,6 +147,12 @@ def install(model: nn.Module, plan: ActivationPlan) -> None:
     unknown = sorted(set(plan.bits) - set(modules))
     if unknown:
         raise SpaceError(f"the activation plan names modules that the model lacks: {unknown[:3]}")
+    convolutions = [p for p in plan.bits if isinstance(modules[p], nn.Conv2d | PackedConv2d)]
+    if convolutions:
+        raise SpaceError(
+            f"inputs of convolutions are not rounded, and the activation plan names {convolutions[:3]}; name"
+            " linears"
+        )
     model.__dict__[_KEY] = _Runtime(model, plan)
 
 

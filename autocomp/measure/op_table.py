@@ -3,7 +3,8 @@
 A key names everything the time depends on except the number of tokens: ``linear/576x1536/w4g64`` is a
 linear layer with 576 output and 1536 input features, ``linear/64x64/w8@196`` one that reads 196 rows for each
 row of the model's input (an image's tokens); ``embedding/49152x576/w8`` a look-up. Those of attention
-are in ``attention_table``, those of a diffusion model's attention modules in ``image_attention_table``.
+are in ``attention_table``, those of a diffusion model's attention modules in ``image_attention_table``, those
+of its convolutions in ``conv_table``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from autocomp.measure.attention_table import (
     parse_attention_key,
     time_attention,
 )
+from autocomp.measure.conv_table import ConvOperation, parse_conv_key, time_conv
 from autocomp.measure.image_attention_table import (
     ImageAttentionOperation,
     parse_image_attention_key,
@@ -40,6 +42,7 @@ from autocomp.quantize.scheme import Scheme
 
 __all__ = [
     "AttentionOperation",
+    "ConvOperation",
     "ImageAttentionOperation",
     "Operation",
     "attention_backend",
@@ -83,12 +86,14 @@ def op_key(shape: tuple[int, int], scheme: Scheme, kind: str = "linear", rows: i
     return Operation(kind, shape, scheme, rows).key
 
 
-def parse_op_key(key: str) -> Operation | AttentionOperation | ImageAttentionOperation:
+def parse_op_key(key: str) -> Operation | AttentionOperation | ImageAttentionOperation | ConvOperation:
     """Inverse of an operation's ``key``; raises ``ValueError`` with the form when ``key`` doesn't have it."""
     if key.startswith("attention/"):
         return parse_attention_key(key)
     if key.startswith("image_attention/"):
         return parse_image_attention_key(key)
+    if key.startswith("conv/"):
+        return parse_conv_key(key)
     match = _KEY.match(key)
     if match is None:
         raise ValueError(f"{key!r} is not an operation key; they look like 'linear/576x1536/w4g64'")
@@ -113,9 +118,10 @@ def time_op(
     weight from memory and not from a cache. A sample is one round over all copies, divided by their number.
 
     Args:
-        key: from ``op_key``, or of an ``AttentionOperation`` or ``ImageAttentionOperation``.
-        tokens: rows of activations (M), or indices looked up, before the key's own rows; for attention see
-            ``time_attention`` and ``time_image_attention``.
+        key: from ``op_key``, or of an ``AttentionOperation``, ``ImageAttentionOperation`` or
+            ``ConvOperation``.
+        tokens: rows of activations (M), or indices looked up, before the key's own rows; else see
+            ``time_attention``, ``time_image_attention`` and ``time_conv``.
         dtype: of activations, and of the weights under ``w16``.
         device: ``cpu`` or ``cuda``.
         repeats, min_seconds: as in ``time_calls``.
@@ -138,6 +144,10 @@ def time_op(
         )  # fmt: skip
     if isinstance(op, ImageAttentionOperation):
         return time_image_attention(
+            op, tokens, dtype, device, repeats=repeats, min_seconds=min_seconds, cold_bytes=COLD_BYTES
+        )
+    if isinstance(op, ConvOperation):
+        return time_conv(
             op, tokens, dtype, device, repeats=repeats, min_seconds=min_seconds, cold_bytes=COLD_BYTES
         )
     tokens *= op.rows

@@ -96,7 +96,7 @@ def _kv_groups(model: Any, block: Callable[[str], int | None]) -> tuple[list[Par
 
 
 def matrix_parts(modules: dict[str, nn.Module], roles: dict[str, str], tied: dict[str, str]) -> list[Part]:
-    """Parts that are modules with a 2-D weight; ``roles``: path -> role, the embedding first."""
+    """Parts that are modules with one weight matrix; ``roles``: path -> role, the embedding first."""
     block = block_finder(modules)
     shared = _shared_weights(modules, [p for p, role in roles.items() if role != "router"])
     for borrower, owner in shared.items():
@@ -119,7 +119,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a linear layer whichever way it stores its weight; ``(rows, width)`` otherwise."""
+    """``(out, in)`` of a linear layer whichever way it stores its weight, and of a convolution with the taps
+    of its kernel among the inputs; ``(rows, width)`` otherwise."""
+    if isinstance(module, nn.Conv2d):
+        return module.weight.shape[0], module.weight[0].numel()
     rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
