@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocomp.diffusion.attention import form_of
+from autocomp.diffusion.attention_forms import Form, Inputs, Triple, tensors_of
 from autocomp.diffusion.attention_plan import Rule, range_of
-from autocomp.diffusion.attention_processor import project
 from autocomp.kernels.attention import attention_window_residual
 from autocomp.kernels.attention_diffusion_reference import WINDOW_ADD
 from autocomp.space import Value
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 PROBES = 4
 """Random projections of each output."""
-Triple = tuple[Tensor, Tensor, Tensor]
 Rows = Mapping[str, Mapping[Value, tuple[int, float, float]]]
 
 
@@ -48,17 +48,20 @@ class Question:
 
 @dataclass
 class _Seen:
-    """What one call showed of a module: its input, and its output in the graph."""
+    """What one call showed of a module: its inputs, the text's tokens among them, and its output in the
+    graph (the image's, and the text's where it gives one)."""
 
-    x: Tensor
-    output: Tensor
+    x: Inputs
+    text: int
+    outputs: tuple[Tensor, ...]
 
 
 @dataclass
 class _Layer:
-    """A module and the last dense step before the range that it is in."""
+    """A module, its form, and the last dense step before the range that it is in."""
 
     module: Any
+    form: Form
     before: dict[int, Triple] = field(default_factory=dict)
 
 
@@ -96,7 +99,8 @@ def _batch(
     denoiser: Denoiser, calls: Sequence[Call], questions: Sequence[Question], generator: torch.Generator
 ) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
     """Sums over a batch's calls, float64 ``[images]``: power added by each (decision, option), and power."""
-    layers = {q.path: _Layer(denoiser.model.get_submodule(q.path)) for q in questions}
+    modules = {q.path: denoiser.model.get_submodule(q.path) for q in questions}
+    layers = {path: _Layer(module, form_of(module)) for path, module in modules.items()}
     images = len(calls[0].x) // (2 if calls[0].state.guided else 1)
     sums = {(q.name, o): torch.zeros(images, dtype=torch.float64) for q in questions for o in q.options}
     power = torch.zeros(images, dtype=torch.float64)
@@ -112,12 +116,16 @@ def _batch(
 def _probed(
     denoiser: Denoiser, call: Call, layers: Mapping[str, _Layer], generator: torch.Generator
 ) -> tuple[dict[str, _Seen], dict[str, list[Tensor]], Tensor]:
-    """One call with its modules' outputs and, for each random projection, the gradients by these."""
+    """One call with its modules' outputs and, for each random projection, the gradients by their heads'
+    outputs ``[batch, heads, text and image tokens, dim]``."""
     seen: dict[str, _Seen] = {}
 
     def watch(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            seen[path] = _Seen((args[0] if args else kwargs["hidden_states"]).detach(), output)
+        form = layers[path].form
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = Inputs.of(args, kwargs)
+            seen[path] = _Seen(x, form.text_tokens(x, denoiser.state), tensors_of(output))
 
         return hook
 
@@ -133,11 +141,15 @@ def _probed(
             gradients: dict[str, list[Tensor]] = {path: [] for path in layers}
             for i in range(PROBES):
                 signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-                found = torch.autograd.grad(
-                    (output * signs).sum(), [seen[p].output for p in layers], retain_graph=i + 1 < PROBES
+                wanted = [t for p in layers for t in seen[p].outputs]
+                found = iter(  # nothing depends on the text's output of SD3's last block
+                    torch.autograd.grad(
+                        (output * signs).sum(), wanted, retain_graph=i + 1 < PROBES, allow_unused=True
+                    )
                 )
-                for path, gradient in zip(layers, found, strict=True):
-                    gradients[path].append(gradient)
+                for path, layer in layers.items():
+                    own = [next(found) for _ in seen[path].outputs]
+                    gradients[path].append(layer.form.turned(layer.module, own, seen[path].text))
     finally:
         for handle in handles:
             handle.remove()
@@ -151,18 +163,16 @@ def _one_layer(
 ) -> None:  # fmt: skip
     """Add what every option of the questions about this call's step does to ``sums``."""
     step, total = call.state.index, call.state.total
-    now = project(layer.module, seen.x)
-    heads = now[0].shape[1]
+    now = layer.form.project(layer.module, seen.x)
     asked = [q for q in questions if step and range_of(step, total, q.ranges) == q.index]
-    weight = layer.module.to_out[0].weight
-    turned = [(g @ weight).unflatten(-1, (heads, -1)).transpose(1, 2) for g in gradients]
     changes: dict[tuple[str, int], list[Tensor]] = {}
     for q in asked:
         for option in q.options:
             key = option, q.ranges
             if key not in changes:
-                change = _change(Rule.parse(option), now, layer.before[q.ranges], call.state.guided)
-                changes[key] = [(t * change).double().sum((2, 3)) for t in turned]  # [batch, heads] each
+                rule, before = Rule.parse(option), layer.before[q.ranges]
+                change = _change(rule, now, before, call.state.guided, seen.text)
+                changes[key] = [(g * change).double().sum((2, 3)) for g in gradients]  # [batch, heads] each
             for found in changes[key]:
                 part = found.sum(1) if q.head is None else found[:, q.head]
                 sums[q.name, option].add_(_by_image(part.square(), images), alpha=1 / len(gradients))
@@ -172,16 +182,16 @@ def _one_layer(
             layer.before[ranges] = now
 
 
-def _change(rule: Rule, now: Triple, before: Triple, guided: bool) -> Tensor:
+def _change(rule: Rule, now: Triple, before: Triple, guided: bool, text: int) -> Tensor:
     """What the rule changes in the heads' outputs ``[batch, heads, tokens, dim]``, when ``before`` was the
     last full step."""
     full = F.scaled_dot_product_attention(*now)
     if rule.kind == "reuse":
         out = F.scaled_dot_product_attention(*before)
     elif rule.kind == "window":
-        out = _window(now, rule.window)
+        out = _window(now, rule.window, text)
         if rule.residual:
-            out = out + F.scaled_dot_product_attention(*before) - _window(before, rule.window)
+            out = out + F.scaled_dot_product_attention(*before) - _window(before, rule.window, text)
     else:
         out = full
     if rule.shared and guided:
@@ -189,12 +199,12 @@ def _change(rule: Rule, now: Triple, before: Triple, guided: bool) -> Tensor:
     return out - full
 
 
-def _window(parts: Triple, window: int) -> Tensor:
+def _window(parts: Triple, window: int, text: int) -> Tensor:
     q, k, v = parts
     width, mode = (
         torch.full((q.shape[1],), n, dtype=torch.int32, device=q.device) for n in (window, WINDOW_ADD)
     )
-    out: Tensor = attention_window_residual(q, k, v, width, 0, None, mode)[0]
+    out: Tensor = attention_window_residual(q, k, v, width, text, None, mode)[0]
     return out
 
 

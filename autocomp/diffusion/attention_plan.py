@@ -1,8 +1,10 @@
-"""What each self-attention module of a diffusion transformer does at each step of a sampling. No torch here.
+"""What each attention module of a diffusion transformer does at each step of a sampling. No torch here.
 
 The shortcuts are those of DiTFastAttn (arXiv 2406.08552, section 3), per layer and range of steps, or per
 head (DiTFastAttnV2, arXiv 2503.22796): attention in a window with the residual of the last full step, reuse
-of an earlier output, and one half of a guided batch computed for both.
+of an earlier output, and one half of a guided batch computed for both. Where text and image are one sequence
+(SD3, Flux), windows are among the image's tokens: the text's see all and are seen by all, an "arrow" in the
+matrix of scores (DiTFastAttnV2, section 3). Reuse and shared halves take the text's output along.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Rule:
     Attributes:
         kind: ``full`` attention, attention in a ``window``, or ``reuse`` of the output of the last step that
             computed it (AST).
-        window: tokens to each side that a token sees, itself aside.
+        window: tokens to each side that a token of the image sees, itself (and a joint text) aside.
         residual: a window's output gets ``full - window`` of the last full step added (WA-RS).
         shared: in a guided batch, computed for the conditional half and copied to the other (ASC).
     """
@@ -76,7 +78,7 @@ def range_of(step: int, total: int, ranges: int) -> int:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One self-attention module: ``rules[range]`` holds one rule for all heads, or one for each."""
+    """One attention module: ``rules[range]`` holds one rule for all heads, or one for each."""
 
     rules: tuple[tuple[Rule, ...], ...]
 
@@ -169,7 +171,7 @@ def _windows(later: Sequence[Rule]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ImageAttentionPlan:
-    """Module path -> plan, for self-attention modules of a model; modules without one stay as they are."""
+    """Module path -> plan, for attention modules of a model; modules without one stay as they are."""
 
     layers: Mapping[str, LayerPlan]
 
@@ -183,7 +185,7 @@ class ImageAttentionPlan:
         """The most bytes of residuals and outputs that are held between two of ``total`` steps.
 
         Args:
-            shapes: module path -> (heads, features a head, tokens).
+            shapes: module path -> (heads, features a head, tokens, a joint text's counted).
             batch: rows of the model's input, both halves of a guided batch counted.
             itemsize: bytes of a number.
         """

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 
+from autocomp.diffusion.attention_forms import FORMS, Form, Inputs, Output, tensors_of
 from autocomp.diffusion.attention_plan import Action, LayerPlan, next_slots
 from autocomp.diffusion.state import SamplingState
 from autocomp.errors import CapabilityError, SpaceError
@@ -69,14 +69,17 @@ class PlannedAttention:
         heads: of the module.
         state: written by the sampler of the module's model.
         former: the processor that was in its place.
+        form: of the module.
     """
 
-    def __init__(self, plan: LayerPlan, heads: int, state: SamplingState, former: Any) -> None:
+    def __init__(
+        self, plan: LayerPlan, heads: int, state: SamplingState, former: Any, form: Form = FORMS["attention"]
+    ) -> None:
         if plan.heads not in (1, heads):
             raise SpaceError(f"the plan has rules for {plan.heads} heads, and the module has {heads}")
-        self.plan, self.heads, self.state, self.former = plan, heads, state, former
+        self.plan, self.heads, self.state, self.former, self.form = plan, heads, state, former, form
         self._ready: dict[tuple[int, int, torch.device], tuple[_Step, ...]] = {}
-        self._last = self._start = 0
+        self._last = self._start = self._text = 0
         self._steps: tuple[_Step, ...] = ()
         self.void()
 
@@ -84,7 +87,7 @@ class PlannedAttention:
         """Forget what earlier steps left."""
         self._key: tuple[Any, ...] = ()
         self._slots: list[Tensor | None] = []
-        self._output: Tensor | None = None
+        self._output: Output | None = None
         self._attended: Tensor | None = None
 
     def again(self) -> None:
@@ -93,40 +96,50 @@ class PlannedAttention:
 
     def resident_tensors(self) -> list[Tensor]:
         """Residuals and outputs that are held at this moment."""
-        return [t for t in (*self._slots, self._output, self._attended) if t is not None]
+        outputs = () if self._output is None else tensors_of(self._output)
+        return [t for t in (*self._slots, *outputs, self._attended) if t is not None]
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         temb: Tensor | None = None,
-    ) -> Tensor:
-        """As ``AttnProcessor2_0``, for ``hidden_states`` ``[batch, tokens, width]``.
+    ) -> Output:
+        """As the stock processor of the module, for ``hidden_states`` ``[batch, tokens, width]``.
+
+        Returns:
+            The image's output; with text beside it (SD3's and Flux's blocks) that and the text's.
 
         Raises:
-            CapabilityError: for keys of another sequence, a mask, or an image of four dimensions.
+            CapabilityError: for a mask, an image of four dimensions, or for keys of another sequence or
+                rotary embeddings where the module's form takes none.
         """
-        if encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 3:
+        odd = attention_mask is not None or hidden_states.dim() != 3
+        odd |= encoder_hidden_states is not None and not self.form.joins
+        if odd or (image_rotary_emb is not None and not self.form.turns):
             raise CapabilityError(
-                "a planned self-attention was called with keys of another sequence, a mask or an image of 4"
-                " dimensions; leave this module out of the plan"
+                "a planned self-attention was called with keys of another sequence, a mask, rotary embeddings"
+                " or an image of 4 dimensions; leave this module out of the plan"
             )
-        step = self._next(hidden_states)
-        output = self._output if step.action.reuses else self._compute(attn, hidden_states, step)
+        x = Inputs(hidden_states, encoder_hidden_states, image_rotary_emb)
+        step = self._next(x)
+        output = self._output if step.action.reuses else self._compute(attn, x, step)
         assert output is not None
-        self._output = output if step.action.keep_output else None
+        self._output = _alone(output) if step.action.keep_output else None
         return output
 
-    def _next(self, x: Tensor) -> _Step:
+    def _next(self, x: Inputs) -> _Step:
         """The step that this call is, after a look whether what is held fits it."""
-        state = self.state
-        key = (state.started, state.total, state.guided, x.shape, x.dtype, x.device)
+        state, hidden = self.state, x.hidden
+        self._text = self.form.text_tokens(x, state)
+        key = state.started, state.total, state.guided, hidden.shape, self._text, hidden.dtype, hidden.device
         if state.index != self._last + 1 or key != self._key:
             self.void()
             self._key, self._start = key, state.index
-            self._steps = self._prepared(max(state.total, state.index + 1), state.index, x.device)
+            self._steps = self._prepared(max(state.total, state.index + 1), state.index, hidden.device)
         self._last = state.index
         return self._steps[state.index - self._start]
 
@@ -142,12 +155,14 @@ class PlannedAttention:
             found = self._ready[total, start, device] = tuple(steps)
         return found
 
-    def _compute(self, attn: Attention, x: Tensor, step: _Step) -> Tensor:
-        guided, batch = self.state.guided, x.shape[0]
+    def _compute(self, attn: Any, x: Inputs, step: _Step) -> Output:
+        guided, batch = self.state.guided, len(x.hidden)
         whole = guided and len(step.shared) == self.heads  # one half is computed, the other is its copy
-        q, k, v = project(attn, x[: batch // 2] if whole else x)
         split = guided and bool(step.shared) and not whole
-        if step.action.dense and not split:
+        dense = step.action.dense and not split
+        text_first = not dense or self.form.text_first  # our operator's order, or the module's own
+        q, k, v = self.form.project(attn, x.rows(batch // 2) if whole else x, text_first)
+        if dense:
             out = F.scaled_dot_product_attention(q, k, v)
             self._slots = []
         else:
@@ -157,10 +172,12 @@ class PlannedAttention:
             out[:, step.reusing] = self._attended[:, step.reusing]
         self._attended = None
         if step.action.keep_heads:
-            self._attended = _both(out) if whole else out
-        y = out.transpose(1, 2).reshape(q.shape[0], -1, self.heads * q.shape[-1])
-        y = attn.to_out[1](attn.to_out[0](y))
-        return _both(y) if whole else y
+            kept = out if text_first else out.roll(self._text, dims=2)
+            self._attended = _both(kept) if whole else kept
+        y = self.form.finish(attn, out, self._text, text_first)
+        if not whole:
+            return y
+        return (_both(y[0]), _both(y[1])) if isinstance(y, tuple) else _both(y)
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, step: _Step, *, split: bool, batch: int) -> Tensor:
         """Attention by our operator; residuals go into their slots, for all ``batch`` rows."""
@@ -169,9 +186,11 @@ class PlannedAttention:
         self._slots += [None] * (len(step.live) - len(self._slots))
         for call in step.calls:
             if split:
-                out, saved = _halves(q, k, v, residual, call, step.shared)
+                out, saved = _halves(q, k, v, residual, call, step.shared, self._text)
             else:
-                out, saved = attention_window_residual(q, k, v, call.windows, 0, residual, call.modes)
+                out, saved = attention_window_residual(
+                    q, k, v, call.windows, self._text, residual, call.modes
+                )
             if call.saving:
                 self._save(call, saved if q.shape[0] == batch else _both(saved))
             found, residual = out if found is None else found, None
@@ -248,31 +267,28 @@ def _call(
     return _Call(integers(windows), integers(modes), integers(low), k, heads, rest)
 
 
-def project(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[batch, heads, tokens, dim]``, as ``AttnProcessor2_0`` makes them."""
-    q, k, v = (
-        y.view(y.shape[0], y.shape[1], attn.heads, -1).transpose(1, 2)
-        for y in (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    )
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
-    return q, k, v
-
-
 def _both(x: Tensor) -> Tensor:
     """The conditional half, for both."""
     return torch.cat([x, x])
 
 
+def _alone(output: Output) -> Output:
+    """The output without storage that it shares with something larger, to be held."""
+    if isinstance(output, tuple):
+        image, text = output
+        return image, text if text.untyped_storage().nbytes() == text.nbytes else text.clone()
+    return output
+
+
 def _halves(
-    q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, call: _Call, shared: list[int]
+    q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, call: _Call, shared: list[int], text: int
 ) -> tuple[Tensor, Tensor]:
     """The operator on both halves of a guided batch; ``shared`` heads are computed in the first one."""
     half = q.shape[0] // 2
     top, low = slice(None, half), slice(half, None)
     results = [
         attention_window_residual(
-            q[rows], k[rows], v[rows], call.windows, 0, None if residual is None else residual[rows], modes
+            q[rows], k[rows], v[rows], call.windows, text, None if residual is None else residual[rows], modes
         )
         for rows, modes in ((top, call.modes), (low, call.low))
     ]

@@ -76,6 +76,8 @@ class Denoiser:
             raise CapabilityError(
                 f"a {self.family} model needs the conditions {missing}; got {sorted(conditions)}"
             )
+        if self.family in ("sd3", "flux"):
+            self.state.text = conditions[_TEXT].shape[1]
         dtype = self.dtype
         time = torch.full((len(x),), model_time, dtype=torch.float32, device=x.device)
         output = self.model(**self._arguments(self, x.to(dtype), time, conditions), return_dict=False)[0]

@@ -23,6 +23,7 @@ from autocomp.diffusion.schedule import Schedule
 from autocomp.errors import AutocompError, ExportError
 from autocomp.exporters.base import ENVELOPE
 from autocomp.exporters.diffusers import CONDITIONS, FORMAT, SCHEDULER, VERSION, ZOO
+from autocomp.kernels.convolution import ConvForm, PackedConv2d
 from autocomp.kernels.modules import PackedLinear
 from autocomp.quantize.scheme import Scheme
 from autocomp.quantize.tensor import QuantizedTensor
@@ -49,15 +50,17 @@ class DiffusionModel:
     def __init__(
         self, models: Mapping[str, nn.Module], scheduler: Mapping[str, Any], schedule: Schedule,
         guidance: float, conditions: str = "", vae: nn.Module | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             scheduler: configuration of a diffusers scheduler, for the noise.
             guidance: scale of classifier-free guidance; 1 for none.
             conditions: file with condition tensors, for models without class labels.
+            size: height and width of a sample; the model's own by default.
         """
         self.models, self.schedule, self.vae = dict(models), schedule, vae
-        denoisers = {name: Denoiser(model) for name, model in models.items()}
+        denoisers = {name: Denoiser(model, size) for name, model in models.items()}
         self.sampler = Sampler(denoisers, scheduler, schedule, guidance)
         self._own = own = denoisers[""]
         classes = own.null_label if LABELS in own.conditions else 0
@@ -158,8 +161,9 @@ def load_diffusion(folder: Path, device: str = "auto") -> DiffusionModel:
         schedule = Schedule.from_json(envelope["schedule"])
         vae = _vae(folder / diffusion_discovery.VAE, envelope["dtype"], where)
         return DiffusionModel(
-            models, scheduler, schedule, float(envelope["guidance"]), str(file) if file.is_file() else "", vae
-        )
+            models, scheduler, schedule, float(envelope["guidance"]),
+            str(file) if file.is_file() else "", vae, _size(envelope.get("size")),
+        )  # fmt: skip
     except ExportError:
         raise
     except (AutocompError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -195,19 +199,25 @@ def read_envelope(folder: Path) -> dict[str, Any]:
 
 
 def _model(folder: Path, entry: Mapping[str, Any], dtype: str, device: str) -> nn.Module:
-    """One model: dense from its folder, then with packed linears where the entry names some."""
+    """One model: dense from its folder, then with packed layers where the entry names some."""
     model = diffusion_discovery.load_model(folder / str(entry["part"]), dtype, "export")
     tensors = _tensors(folder, entry["files"])
     for path, label in entry["modules"].items():
         prefix = f"{path}/"
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         quantized = QuantizedTensor.from_state(state, Scheme.parse(label))
-        bias = model.get_submodule(path).bias
-        packed = PackedLinear(quantized, bias, device=device, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
         parent, _, name = path.rpartition(".")
+        packed = _packed(model.get_submodule(path), quantized, device, getattr(torch, dtype))
         setattr(model.get_submodule(parent), name, packed)
     with diffusion_discovery.quiet():
         return model.to(device).eval().requires_grad_(False)
+
+
+def _packed(module: Any, weight: QuantizedTensor, device: str, dtype: torch.dtype) -> PackedLinear:
+    """What stands for a linear or a convolution with this weight."""
+    if isinstance(module, nn.Conv2d):
+        return PackedConv2d(weight, ConvForm.of(module), module.bias, device=device, dtype=dtype)
+    return PackedLinear(weight, module.bias, device=device, dtype=dtype)
 
 
 def _tensors(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
@@ -229,6 +239,13 @@ def _install_plans(model: nn.Module, entry: Mapping[str, Any]) -> None:
         attention.install(model, ImageAttentionPlan.from_json(entry["attention"]))
     if entry["activations"] is not None:
         activations.install(model, ActivationPlan.from_json(entry["activations"]))
+
+
+def _size(found: Sequence[int] | None) -> tuple[int, int] | None:
+    if found is None:
+        return None
+    height, width = found
+    return int(height), int(width)
 
 
 def _vae(folder: Path, dtype: str, device: str) -> nn.Module | None:

@@ -20,6 +20,8 @@ class SamplingState:
         guided: whether the batch is the halves [conditional; unconditional], in this order.
         model: the name under which the schedule calls this model; empty for the workload's own.
         started: grows at the start of every sampling; what was cached under another number is void.
+        text: tokens of the text in the sequences that text and image share (SD3, Flux), written by the
+            ``Denoiser``; 0 elsewhere.
     """
 
     index: int = 0
@@ -28,6 +30,7 @@ class SamplingState:
     guided: bool = False
     model: str = ""
     started: int = 0
+    text: int = 0
 
 
 def state_of(model: nn.Module) -> SamplingState:

@@ -69,6 +69,7 @@ class DiffusersExporter:
             "model": {"family": built.site.family, "fingerprint": built.site.fingerprint},
             "dtype": config.dtype,  # type: ignore[attr-defined]
             "guidance": config.guidance,  # type: ignore[attr-defined]
+            "size": config.size,  # type: ignore[attr-defined]
             "candidate": candidate.to_json(),
             "schedule": schedule.to_json(),
             "own": record,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SIZE = 8
 CLASSES = 10
+TEXT_WIDTH, POOLED_WIDTH = 12, 14
+"""Features of a text's token and of a whole text, of models that read text."""
 
 
 def tiny_dit_folder(
@@ -64,6 +66,81 @@ def tiny_unet_folder(
         )  # fmt: skip
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction)
     return _save(path, "unet", model, scheduler)
+
+
+def tiny_sd3_folder(
+    path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, dual: bool = False, rms: bool = False
+) -> Path:
+    """Save a random SD3 transformer (width 16 a head, 16 image tokens beside the text's) with its scheduler,
+    and ``conditions.safetensors`` (see ``text_conditions``).
+
+    Args:
+        dual: the first block attends over the image's tokens alone, too, as those of SD3.5 medium.
+        rms: queries and keys are normalized, as those of SD3.5.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    model = tiny_sd3(seed=seed, layers=layers, heads=heads, dual=dual, rms=rms)
+    found = _save(path, "transformer", model, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    text_conditions(found / "conditions.safetensors")
+    return found
+
+
+def tiny_sd3(
+    *, seed: int = 0, layers: int = 2, heads: int = 4, dual: bool = False, rms: bool = False
+) -> nn.Module:
+    """See ``tiny_sd3_folder``."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = SD3Transformer2DModel(
+            sample_size=SIZE, patch_size=2, in_channels=1, out_channels=1, num_layers=layers,
+            num_attention_heads=heads, attention_head_dim=16, joint_attention_dim=TEXT_WIDTH,
+            caption_projection_dim=16 * heads, pooled_projection_dim=POOLED_WIDTH, pos_embed_max_size=SIZE,
+            dual_attention_layers=(0,) if dual else (), qk_norm="rms_norm" if rms else None,
+        )  # fmt: skip
+    return model.eval()
+
+
+def tiny_flux_folder(path: Path, *, seed: int = 0) -> Path:
+    """Save the model of ``tiny_flux`` with its scheduler and ``conditions.safetensors``. A job must name the
+    size of its samples: the configuration doesn't."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    found = _save(path, "transformer", tiny_flux(seed=seed), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    text_conditions(found / "conditions.safetensors")
+    return found
+
+
+def tiny_flux(*, seed: int = 0, double: int = 1, single: int = 2, heads: int = 4) -> nn.Module:
+    """A random guidance-distilled Flux transformer (width 16 a head) for samples of one channel."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = FluxTransformer2DModel(
+            in_channels=4, num_layers=double, num_single_layers=single, num_attention_heads=heads,
+            attention_head_dim=16, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH,
+            axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+        )  # fmt: skip
+    return model.eval()
+
+
+def text_conditions(path: Path, *, rows: int = 4, tokens: int = 5, seed: int = 0) -> Path:
+    """Write random conditions of SD3 and Flux models, with the tensors of the unguided half."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"encoder_hidden_states": (tokens, TEXT_WIDTH), "pooled_projections": (POOLED_WIDTH,)}
+    found = {name: torch.randn(rows, *shape, generator=generator) for name, shape in shapes.items()}
+    found |= {f"null_{n}": torch.randn(1, *s, generator=generator) for n, s in shapes.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(found, path)
+    return path
 
 
 def _save(path: Path, part: str, model: Any, scheduler: Any) -> Path:

@@ -18,7 +18,8 @@ class ZooModel(_Config):
 
     Attributes:
         model: its folder; empty for the job's own.
-        weights: scheme label (``w8g64``) that all of its linears are stored in; empty for as they are.
+        weights: scheme label (``w8g64``) that all of its linears and convolutions are stored in; empty for
+            as they are.
     """
 
     model: str = ""
@@ -91,6 +92,8 @@ class DiffusionConfig(_Config):
             ``vae/`` the samples are decoded to images.
         zoo: name -> further models that a schedule may call.
         snapshots: folders or ``.safetensors`` files with saved checkpoints of the model.
+        size: height and width of a sample (of the latent, where there is a VAE), for models whose
+            configuration names none (Flux: 128 x 128) or to search for another size; by default the model's.
         dtype: type that the weights are held in.
         guidance: scale of classifier-free guidance; 1 for none.
         sampler: of the uncompressed model.
@@ -103,6 +106,7 @@ class DiffusionConfig(_Config):
     model: str
     zoo: dict[str, ZooModel] = Field(default_factory=dict)
     snapshots: list[str] = Field(default_factory=list)
+    size: tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     guidance: float = Field(default=1.0, ge=0)
     sampler: SamplerConfig = SamplerConfig()
@@ -110,6 +114,13 @@ class DiffusionConfig(_Config):
     conditions: str = ""
     data: ImagesConfig = ImagesConfig()
     scenario: ImageScenario = ImageScenario()
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError(f"size must be a height and a width of 1 or more; got {list(value)}")
+        return value
 
     @field_validator("zoo", mode="before")
     @classmethod

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from autocomp.diffusion.attention import refusal
 from autocomp.diffusion.denoiser import Denoiser
 from autocomp.errors import CapabilityError, JobError
-from autocomp.search_spaces.base import ModelSite, Part
+from autocomp.search_spaces.base import ModelSite
 from autocomp.workloads import checkpoint
+from autocomp.workloads.diffusion_attention import Seen, attention_parts, watched_attention
+from autocomp.workloads.diffusion_layers import is_convolution, left_alone, read_by, watched_inputs
 from autocomp.workloads.discovery import (
     block_finder,
     is_linear,
@@ -126,10 +126,10 @@ def load_model(folder: Path, dtype: str, key: str = "workload.model") -> nn.Modu
     return loaded
 
 
-def denoiser(model: nn.Module, key: str = "workload.model") -> Denoiser:
+def denoiser(model: nn.Module, key: str = "workload.model", size: tuple[int, int] | None = None) -> Denoiser:
     """The model behind our interface. Raises ``JobError`` for one that can't be called."""
     try:
-        return Denoiser(model)
+        return Denoiser(model, size)
     except CapabilityError as error:
         raise JobError(f"{key}: {error}") from None
 
@@ -151,9 +151,10 @@ def quiet() -> Iterator[None]:
 def discover(called: Denoiser, fingerprint: str, call: Callable[[], Any], extra_bytes: int = 0) -> ModelSite:
     """Parts of a diffusion model in execution order, as far as the model alone tells.
 
-    Linears are parts of kind ``linear`` and role ``body``; everything else (convolutions, norms, embeddings)
-    counts in ``other_bytes``. Self-attention modules of diffusers' class ``Attention`` are in
-    ``image_attention``; ``lacking`` says why there are none.
+    Linears are parts of kind ``linear`` and role ``body``, convolutions that can run from a packed weight of
+    kind ``conv``; everything else (other convolutions, norms, embeddings) counts in ``other_bytes``.
+    Attention modules that plans can be for (see ``diffusion_attention``) are in ``image_attention``;
+    ``lacking`` says why there are none, and under ``conv`` which convolutions are left as they are.
 
     Args:
         called: the model.
@@ -162,93 +163,35 @@ def discover(called: Denoiser, fingerprint: str, call: Callable[[], Any], extra_
         extra_bytes: of what is deployed with it (VAE).
 
     Raises:
-        JobError: the model has no linear layer.
+        JobError: the model has no linear layer and no such convolution.
     """
     model = called.model
     modules = dict(model.named_modules())
     linears = [p for p, m in modules.items() if is_linear(m)]
-    if not linears:
+    convs = [p for p, m in modules.items() if is_convolution(m)]
+    watched = {p: modules[p] for p in modules if p in {*linears, *convs}}
+    seen: dict[str, Seen] = {}
+    shapes: dict[str, torch.Size] = {}
+    with watched_attention(modules, seen, called.state), watched_inputs(watched, shapes):
+        probe = run_probe(watched, call)
+    odd = {p: reason for p in convs if (reason := left_alone(modules, p, shapes))}
+    roles = {p: "body" for p in watched if p not in odd}
+    if not roles:
         raise JobError(f"{type(model).__name__} has no linear layer that could be compressed")
-    seen: dict[str, _Seen] = {}
-    rows: dict[str, int] = {}
-    with _watched_attention(modules, seen), _watched_rows({p: modules[p] for p in linears}, rows):
-        probe = run_probe({p: modules[p] for p in linears}, call)
-    parts = matrix_parts(modules, dict.fromkeys(linears, "body"), ties(probe, linears))
-    parts = [replace(p, rows=rows.get(p.path, 1)) for p in parts]
+    parts = [
+        read_by(p, modules[p.path], shapes.get(p.path))
+        for p in matrix_parts(modules, roles, ties(probe, linears))
+    ]
     last = len(probe.order)  # what the pass did not reach comes at the end
     parts.sort(key=lambda p: probe.order.get(p.path, last))
     block = block_finder(modules)
-    attention = [_attention_part(p, modules[p], s, block(p)) for p, s in seen.items() if not s.refusal]
+    attention, lacking = attention_parts(seen, called.family, block)
     weights: list[Any] = [modules[p.path].weight for p in parts]
     other = unique_bytes([*model.parameters(), *model.buffers()]) - unique_bytes(weights)
-    reason = "" if attention else _no_attention(called.family, seen)
+    if odd:
+        listed = "; ".join(f"{path}: {reason}" for path, reason in [*odd.items()][:3])
+        lacking["conv"] = f"{len(odd)} of {len(convs)} convolutions stay as they are ({listed})"
     return ModelSite(
         called.family, tuple(parts), other + extra_bytes, fingerprint, weights[0].element_size(),
-        image_attention=tuple(attention), lacking={"image_attention": reason} if reason else {},
+        image_attention=attention, lacking=lacking,
     )  # fmt: skip
-
-
-@contextmanager
-def _watched_rows(linears: Mapping[str, nn.Module], rows: dict[str, int]) -> Iterator[None]:
-    """Note how many rows each linear's input has; the model is called for one image."""
-
-    def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            del module
-            if args:
-                rows.setdefault(path, args[0].numel() // args[0].shape[-1])
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(watch(p)) for p, m in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Seen:
-    """What one call showed of an attention module: the positions it read, and what speaks against it."""
-
-    def __init__(self, module: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) -> None:
-        self.tokens = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[-2:].numel()
-        context = given.get("encoder_hidden_states")
-        self.refusal = refusal(module)
-        if context is not None and context is not hidden:
-            self.refusal = "it reads text or other tokens beside the image"
-        elif given.get("image_rotary_emb") is not None:
-            self.refusal = "it uses rotary position embeddings"
-
-
-@contextmanager
-def _watched_attention(modules: Mapping[str, nn.Module], seen: dict[str, _Seen]) -> Iterator[None]:
-    from diffusers.models.attention_processor import Attention
-
-    def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = {"encoder_hidden_states": args[1] if len(args) > 1 else None, **kwargs}
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen.setdefault(path, _Seen(module, hidden, given))
-
-        return hook
-
-    found = {p: m for p, m in modules.items() if isinstance(m, Attention)}
-    handles = [m.register_forward_pre_hook(watch(p), with_kwargs=True) for p, m in found.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _attention_part(path: str, module: Any, seen: _Seen, block: int | None) -> Part:
-    shape = (module.heads, module.to_q.weight.shape[0] // module.heads, seen.tokens)
-    return Part(path, "image_attention", shape, block, path, "attention")
-
-
-def _no_attention(family: str, seen: Mapping[str, _Seen]) -> str:
-    if not seen:
-        return f"this {family} model has no attention module of diffusers' class Attention"
-    path, first = next(iter(seen.items()))
-    return f"none of its attention modules is plain self-attention: {path}: {first.refusal}"

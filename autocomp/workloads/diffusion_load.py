@@ -37,11 +37,11 @@ def load(config: DiffusionConfig, device: str) -> Built:
     noise = _noise(scheduler, "workload.model")
     vae = _load_vae(folder.parent / VAE, config.dtype, device)
     built = _load_built(folder, config, scheduler, device, _bytes(vae))
-    own = Denoiser(built.model)
+    own = Denoiser(built.model, config.size)
     conditions = _conditions(own, config)
     zoo = {name: _zoo_member(name, member, config, built, noise) for name, member in config.zoo.items()}
     built.state |= {
-        "denoisers": {"": own, **{name: Denoiser(b.model) for name, b in zoo.items()}},
+        "denoisers": {"": own, **{name: Denoiser(b.model, config.size) for name, b in zoo.items()}},
         "zoo": zoo, "scheduler_config": scheduler, "folder": folder, "conditions": conditions, "vae": vae,
         "vae_bytes": _bytes(vae), "default_schedule": _default_schedule(config, noise, own.size),
         "snapshots": [_existing(path) for path in config.snapshots],
@@ -79,7 +79,7 @@ def _load_built(
     model = diffusion_discovery.load_model(folder, config.dtype, key)
     fingerprint = checkpoint.fingerprint(model)  # before the move: hashing reads host memory
     model.to(device)
-    called = diffusion_discovery.denoiser(model, key)
+    called = diffusion_discovery.denoiser(model, key, config.size)
     noise, conditions = _noise(scheduler, key), _conditions(called, config)
     site = diffusion_discovery.discover(
         called, fingerprint, lambda: _call(called, noise, conditions, device, key), extra
@@ -139,7 +139,7 @@ def _zoo_member(
             "prediction), so that one schedule can't call both"
         )
     found = _load_built(folder, config, scheduler or read_scheduler(folder), own.device, key=key)
-    ours, theirs = Denoiser(own.model), Denoiser(found.model)
+    ours, theirs = Denoiser(own.model, config.size), Denoiser(found.model, config.size)
     for what in ("channels", "size", "conditions"):
         if getattr(ours, what) != getattr(theirs, what):
             raise JobError(

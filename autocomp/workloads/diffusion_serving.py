@@ -56,7 +56,7 @@ def attention_bytes(built: Built, schedule: Schedule, batch: int) -> int:
     plan, site = installed(built.model), built.site
     if plan is None:
         return 0
-    shapes = {p.path: (p.shape[0], p.shape[1], p.shape[2]) for p in site.image_attention}
+    shapes = {p.path: (p.shape[0], p.shape[1], sum(p.shape[2:])) for p in site.image_attention}
     rows = batch * (2 if site.guided and any(s.guidance for s in schedule.steps) else 1)
     return plan.held_bytes(shapes, len(schedule), rows, site.itemsize)
 

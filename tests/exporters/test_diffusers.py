@@ -21,9 +21,16 @@ from autocomp.errors import ExportError
 from autocomp.exporters.compressed_tensors import CompressedTensorsExporter
 from autocomp.exporters.diffusers import DiffusersExporter
 from autocomp.exporters.native import NativeExporter
+from autocomp.kernels.convolution import PackedConv2d
 from autocomp.kernels.modules import PackedLinear
 from autocomp.space import Candidate
-from autocomp.testing.diffusion import SIZE, tiny_dit_folder, tiny_unet_folder
+from autocomp.testing.diffusion import (
+    SIZE,
+    tiny_dit_folder,
+    tiny_flux_folder,
+    tiny_sd3_folder,
+    tiny_unet_folder,
+)
 from autocomp.worker import ModelWorker
 from autocomp.workloads.diffusion_discovery import quiet
 from autocomp.workloads.diffusion_serving import zoo_serving
@@ -44,10 +51,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, apart: Path) -> Path:
     tiny_dit_folder(root / "small", seed=1, layers=1)
     tiny_dit_folder(root / "other", seed=2)
     tiny_unet_folder(root / "unet")
+    tiny_sd3_folder(root / "sd3", dual=True, rms=True)
+    tiny_flux_folder(root / "flux")
+    tiny_unet_folder(root / "unet2", seed=1)
     return root
 
 
 def make_worker(folders: Path, *spaces: dict[str, Any], kind: str = "dit", **fields: Any) -> ModelWorker:
+    if kind in ("sd3", "flux"):
+        fields = {"conditions": str(folders / kind / "conditions.safetensors"), **fields}
     workload = {
         "kind": "diffusion", "model": str(folders / kind), "data": DATA, "guidance": 1.5,
         "sampler": {"steps": 3}, **fields,
@@ -83,8 +95,19 @@ def export(worker: ModelWorker, candidate: Candidate, out: Path) -> Any:
 CASES: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = {
     "weights and activations": ((BITS, ACTIVATIONS), {}),
     "a UNet": ((BITS, ACTIVATIONS), {"kind": "unet"}),
+    "a UNet in bfloat16": ((BITS,), {"kind": "unet", "dtype": "bfloat16"}),
+    "a UNet, merged checkpoints": (
+        (BITS, {"checkpoints": {}}),
+        {"kind": "unet", "snapshots": ["unet", "unet2"]},
+    ),
+    "a UNet, zoo": ((MODELS, BITS), {"kind": "unet", "zoo": {"own4": {"weights": "w4g64"}}}),
     "bfloat16": ((BITS,), {"dtype": "bfloat16"}),
     "attention": ((BITS, {"diffusion_attention": {"ranges": 3}}), {}),
+    "attention of SD3": ((BITS, {"diffusion_attention": {"ranges": 3}}), {"kind": "sd3"}),
+    "attention of Flux": (
+        (BITS, {"diffusion_attention": {"ranges": 3}}),
+        {"kind": "flux", "size": (SIZE, SIZE), "guidance": 1.0},
+    ),
     "merged checkpoints": ((BITS, {"checkpoints": {}}), {"snapshots": ["other", "dit"]}),
     "a zoo": (
         (MODELS, BITS),
@@ -125,6 +148,10 @@ def test_a_reloaded_export_gives_the_same_images(folders: Path, tmp_path: Path, 
         assert set(model.models) == {"", "small", "own4"} == set(envelope["zoo"]) | {""}
         assert not (tmp_path / "out" / "zoo" / "unused").exists()
         assert any(isinstance(m, PackedLinear) for m in model.models["own4"].modules())
+    if "UNet" in case:
+        every = [m for called in model.models.values() for m in called.modules()]
+        assert any(isinstance(m, PackedConv2d) for m in every)
+        assert set(model.models) == ({"", "own4"} if "zoo" in case else {""})
     if "activations" in case:
         assert installed(model.models[""]) is not None
 
