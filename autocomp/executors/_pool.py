@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from autocomp.errors import JobError, RunError
-from autocomp.executors._process import decode_reply, encode_call
+from autocomp.executors._process import decode_reply, encode_call, unsendable
 from autocomp.executors.base import Outcome, WorkerSpec, WorkItem
 from autocomp.trial import Failure, FailureKind
 
@@ -160,8 +160,7 @@ class PooledExecutor(Generic[L]):
         try:
             self._queue.append(_Task(item, encode_call(item.method, item.kwargs)))
         except Exception as error:
-            reason = f"arguments of {item.method!r} can't be pickled ({type(error).__name__}: {error})"
-            self._done.append(Outcome(item, failure=Failure("invalid", reason), attempts=0))
+            self._done.append(unsendable(item, error))
         self._pump(0.0)
 
     def completed(self, timeout: float) -> Iterator[Outcome]:
@@ -304,7 +303,8 @@ class PooledExecutor(Generic[L]):
     def _finish(self, slot: _Slot[L], outcome: Outcome) -> None:
         assert slot.task is not None
         worker = f"{slot.node}/{self._transport.name}-{slot.index}"
-        self._done.append(replace(outcome, worker=worker, attempts=slot.task.attempts))
+        failure = outcome.failure and replace(outcome.failure, seconds=outcome.seconds)
+        self._done.append(replace(outcome, failure=failure, worker=worker, attempts=slot.task.attempts))
         slot.task = None
 
     def _open(self, slot: _Slot[L]) -> None:

@@ -13,12 +13,12 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autocomp.errors import AutocompError
-from autocomp.executors.base import WorkerSpec
+from autocomp.executors.base import ItemFailed, Outcome, WorkerSpec, WorkItem
 from autocomp.trial import Failure, FailureKind
 
 _REASON_LIMIT = 1000  # characters; a CUDA message with a module dump would otherwise fill the journal
@@ -116,6 +116,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def _failed(error: BaseException, seconds: float) -> Reply:
+    if isinstance(error, ItemFailed):
+        return Reply(failure=error.failure, seconds=seconds)
     fatal = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _STICKY_TEXTS)
     return Reply(failure=Failure(classify(error), describe_error(error)), seconds=seconds, fatal=fatal)
 
@@ -123,6 +125,12 @@ def _failed(error: BaseException, seconds: float) -> Reply:
 def encode_call(method: str, kwargs: Mapping[str, Any]) -> bytes:
     """A call as bytes. Raises whatever ``pickle`` raises for arguments that it can't take."""
     return pickle.dumps((method, dict(kwargs)), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def unsendable(item: WorkItem, error: Exception) -> Outcome:
+    """The outcome of an item for which ``encode_call`` raised ``error``."""
+    reason = f"arguments of {item.method!r} can't be pickled ({type(error).__name__}: {error})"
+    return Outcome(item, failure=Failure("invalid", reason), attempts=0)
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -147,6 +155,20 @@ def decode_reply(payload: bytes) -> Reply:
         return Reply(failure=Failure(classify(error), reason))
     assert isinstance(reply, Reply)
     return reply
+
+
+def run_call(
+    worker: Any, payload: bytes, clock: Callable[[], float] = time.perf_counter
+) -> tuple[bytes, bool]:
+    """Run a call made by ``encode_call`` on ``worker``: the reply's bytes, and whether it is a failure."""
+    began = clock()
+    try:
+        method, kwargs = pickle.loads(payload)
+        value = getattr(worker, method)(**kwargs)
+        reply = Reply(value, seconds=clock() - began)
+    except Exception as error:
+        reply = _failed(error, clock() - began)
+    return encode_reply(reply), reply.failure is not None
 
 
 class WorkerHost:
@@ -178,13 +200,7 @@ class WorkerHost:
 
     def call(self, payload: bytes) -> bytes:
         """Run one call made by ``encode_call``."""
-        began = time.perf_counter()
-        try:
-            method, kwargs = pickle.loads(payload)
-            value = getattr(self._worker, method)(**kwargs)
-            reply = Reply(value, seconds=time.perf_counter() - began)
-        except Exception as error:
-            reply = _failed(error, time.perf_counter() - began)
-        if reply.failure is not None:
+        reply, failed = run_call(self._worker, payload)
+        if failed:
             gc.collect()  # the traceback's frames held tensors; give them back before the next candidate
-        return encode_reply(reply)
+        return reply

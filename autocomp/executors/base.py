@@ -65,11 +65,22 @@ class Outcome:
     attempts: int = 1
 
 
+class ItemFailed(Exception):
+    """Raised in a worker's method: the item fails with exactly this failure, and the worker stays."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
 class Executor(Protocol):
     """Runs work items on ``slots`` long-lived workers.
 
     A worker that dies (crash, kill, time-out) is replaced; its item is retried up to ``retries`` times
     for a crash and never for a time-out, then comes back as a failed outcome.
+
+    An executor whose work takes simulated time also has an attribute ``clock``, a callable that returns
+    seconds; a study that is built by ``autocomp.search`` then lives by that clock.
     """
 
     slots: int

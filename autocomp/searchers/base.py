@@ -86,7 +86,8 @@ class SearcherFactory(Protocol):
 def unsupported(searcher: object, problem: Problem) -> list[str]:
     """Reasons why a searcher (class or object) can't take the problem, asked before anything runs.
 
-    A searcher states them in an optional static method ``unsupported(problem) -> list[str]``.
+    A searcher states them in an optional static method ``unsupported(problem) -> list[str]``. Options of the
+    searcher that it names as further parameters are passed on when a job sets them.
     """
     check = getattr(searcher, "unsupported", None)
     return list(check(problem)) if check is not None else []
