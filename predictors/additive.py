@@ -77,7 +77,8 @@ class AdditivePredictor:
     def predict(self, candidates: Sequence[Candidate]) -> Prediction:
         """Mean and standard deviation, shape ``[candidates]``, in the metric's unit."""
         totals = np.array([self.table.total(c) for c in candidates], dtype=np.float64)
-        own = np.array([self._table_error(c) for c in candidates], dtype=np.float64)
+        errors = [self._table_error(c) for c in candidates] if self.table.stderr else [0.0] * len(totals)
+        own = np.array(errors, dtype=np.float64)
         if not self._fitted:
             relative = 1e-6 if self.table.exact else self.spread
             varying = np.maximum(np.abs(totals - self.table.base), 1e-9 * (1.0 + np.abs(totals)))

@@ -102,12 +102,11 @@ def rank_correlations(predicted: NDArray[np.float64], measured: NDArray[np.float
 
 def left_out(predictor: Predictor, trials: Sequence[Trial], folds: int = 5) -> NDArray[np.float64]:
     """Prediction of each trial by a copy fitted on the other folds (every fifth trial is one fold)."""
-    found = np.full(len(trials), math.nan)
+    found, fitted = np.full(len(trials), math.nan), copy.deepcopy(predictor)
     for fold in range(folds):
         held = np.arange(fold, len(trials), folds)
         rest = [t for i, t in enumerate(trials) if i % folds != fold]
-        fitted = copy.deepcopy(predictor).fit(rest)
-        found[held] = fitted.predict([t.candidate for t in trials[fold::folds]]).mean
+        found[held] = fitted.fit(rest).predict([t.candidate for t in trials[fold::folds]]).mean
     return found
 
 

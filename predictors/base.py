@@ -15,10 +15,24 @@ from autocomp.trial import Trial
 
 @dataclass(frozen=True)
 class Prediction:
-    """Means and standard deviations of one metric, shape ``[candidates]``, in the metric's unit."""
+    """Means and standard deviations of one metric, shape ``[candidates]``, in the metric's unit.
+
+    Attributes:
+        mean: expected value.
+        std: of a measurement around it: what is not known of the candidate, and the measurement's own noise.
+        noise: that noise alone, by the standard errors of the trials; ``None`` where it is not told apart.
+    """
 
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
+    noise: NDArray[np.float64] | None = None
+
+    @property
+    def doubt(self) -> NDArray[np.float64]:
+        """Standard deviation of the true value, ``[candidates]``: a tenth of ``std`` or more."""
+        if self.noise is None:
+            return self.std
+        return np.asarray(np.sqrt(np.maximum(self.std**2 - self.noise**2, 0.01 * self.std**2)))
 
 
 def log_normal(middle: NDArray[np.float64], deviation: NDArray[np.float64]) -> Prediction:

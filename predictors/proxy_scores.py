@@ -87,6 +87,57 @@ class MeanScore:
 
 
 @dataclass(frozen=True, eq=False)
+class LogMeanScore:
+    """The logarithm of the mean of a value that is never negative (the KL divergence of a sequence).
+
+    Ranks are those of the mean. Errors count in proportion to it: between models whose values span decades,
+    those close to the uncompressed one are the ones to be told apart, and their differences are small.
+
+    Args:
+        matrix: ``[models, samples]``; no model's mean may be zero.
+    """
+
+    matrix: Floats
+
+    def __post_init__(self) -> None:
+        _check(self.matrix, 2)
+        lowest, mean = float(self.matrix.min()), float(self.matrix.mean(axis=1).min())
+        if lowest < 0.0 or mean <= 0.0:
+            raise SpaceError(
+                "logarithms need values that are never negative and a positive mean of each model; got a "
+                f"value of {lowest:.3g} and a mean of {mean:.3g}: leave the uncompressed model out, or use "
+                "MeanScore"
+            )
+
+    @property
+    def models(self) -> int:
+        return len(self.matrix)
+
+    @property
+    def samples(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def full(self) -> Floats:
+        return np.asarray(np.log(self.matrix.mean(axis=1)))
+
+    @property
+    def parts(self) -> Floats:
+        means = self.matrix.mean(axis=1, keepdims=True)
+        return np.asarray(np.log(means) + self.matrix / means - 1.0)
+
+    @property
+    def shared(self) -> Floats:
+        return self.matrix[:0]
+
+    def __call__(self, sets: Indices) -> Floats:
+        return np.asarray(np.log(np.maximum(set_means(self.matrix, sets), 1e-300)))
+
+    def of(self, models: Indices) -> LogMeanScore:
+        return LogMeanScore(self.matrix[models])
+
+
+@dataclass(frozen=True, eq=False)
 class FrechetScore:
     """The Frechet distance of features to a Gaussian (FID and the like).
 

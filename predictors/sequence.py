@@ -18,7 +18,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.errors import SpaceError
 from autocomp.predictors.features import Encoder
 from autocomp.space import Candidate, Choice, Decision, Interval, Ordered, SearchSpace, Value
 
@@ -108,6 +107,11 @@ class SequenceEncoder:
         self._clocks = [name for name, kind in kinds if {d.name for d in kind.decisions.values()} & named]
         self._clocks = self._clocks or [name for name, kind in kinds if self._falls(kind)]
 
+    @property
+    def timed(self) -> bool:
+        """Whether slots have a clock of their own: then their order matters."""
+        return bool(self._clocks)
+
     def _falls(self, kind: _Kind) -> bool:
         """Whether every slot has one given value that is below the slot's before."""
         domains = [d.domain for _, d in sorted(kind.decisions.items())]
@@ -146,11 +150,7 @@ class SequenceEncoder:
 
     def knows(self, candidate: Candidate) -> bool:
         """False for a candidate outside the space (a baseline that was measured for comparison)."""
-        try:
-            self.codes(candidate)
-        except SpaceError:
-            return False
-        return True
+        return self._encoder.layout.code(candidate, keep=True) is not None
 
     def _used(self, codes: Floats) -> NDArray[np.bool_]:
         """Slots that run: the clock is there and no option is ``None``, ``[n, slots]``."""

@@ -26,7 +26,7 @@ from autocomp.objective import Objective
 from autocomp.pareto import is_feasible, loss_row, non_dominated
 from autocomp.predictors.additive import AdditivePredictor
 from autocomp.predictors.base import Prediction, Predictor
-from autocomp.predictors.choose import make_predictor
+from autocomp.predictors.choose import BestOf, make_predictor
 from autocomp.predictors.residual import ResidualPredictor
 from autocomp.searchers.acquisition import Scene, pick_batch
 from autocomp.searchers.base import Problem
@@ -57,8 +57,9 @@ class HybridSearcher:
         pool: mutated candidates that are scored at each ask. 0: 200, and 24 where there are no tables: the
             best of a few good children, for of many the predictor would pick its own errors.
         local: share of the decisions that an allocation near a measured point may change.
-        kind: of predictor: ``ridge``, ``gp``, ``trees``, ``ranking`` or ``best`` (see ``make_predictor``); by
-            default ``trees`` where candidates have traits, ``gp`` where there are floats, else ``ridge``.
+        kind: of predictor: ``additive``, ``ridge``, ``gp``, ``trees``, ``boosted``, ``ranking`` or ``best``
+            (see ``make_predictor``); by default ``trees`` where candidates have traits, ``gp`` where there
+            are floats, else ``ridge``.
         gap: optimality gap of a solve; above the tables' own error nothing is won by less.
         time_limit: seconds a solve.
         profiles: profiles around front points that may be asked for, one after the first trials and
@@ -160,13 +161,18 @@ class HybridSearcher:
         return models
 
     def _tables(
-        self, models: Mapping[str, Predictor], rng: np.random.Generator | None = None
+        self,
+        models: Mapping[str, Predictor],
+        rng: np.random.Generator | None = None,
+        around: Candidate | None = None,
     ) -> dict[str, AdditiveTable]:
-        """The problem's tables after what was learned, or a sample of what they may be."""
+        """The problem's tables after what was learned, or a sample of what they may be; near a candidate,
+        where one is given."""
         tables = dict(self.prior)
         for metric, model in models.items():
-            if isinstance(model, ResidualPredictor) and model.table is not None:
-                tables[metric] = model.corrected(rng)
+            known = model.predictors.get("ridge") if isinstance(model, BestOf) else model
+            if isinstance(known, ResidualPredictor) and known.table is not None:
+                tables[metric] = known.corrected(rng, around)
         return tables
 
     # --- candidates ---------------------------------------------------------------------------------------
@@ -214,7 +220,9 @@ class HybridSearcher:
                 changes = max(1, round(self.local * len(allocator.groups) * (0.25 if i % 2 else 1.0)))
                 try:
                     rows.append(allocator.near(center, changes))
-                    found.append(allocator.solve(rows, (), self.gap, self.time_limit).candidate)
+                    near = self._tables(models, rng if sample else None, center)
+                    local = allocator.minimising(cost_and_sides(self.problem, near)[0])
+                    found.append(local.solve(rows, (), self.gap, self.time_limit).candidate)
                 except InfeasibleError:
                     continue  # the centre breaks a budget by more than the trust region can mend
         return found
@@ -294,5 +302,5 @@ def _losses(objectives: Iterable[Objective], predictions: Mapping[str, Predictio
     """Predicted losses and their standard deviations, both ``[candidates, objectives]``."""
     wanted = list(objectives)
     mean = np.column_stack([(1.0 if o.minimize else -1.0) * predictions[o.metric].mean for o in wanted])
-    std = np.column_stack([predictions[o.metric].std for o in wanted])
+    std = np.column_stack([predictions[o.metric].doubt for o in wanted])
     return np.nan_to_num(mean, nan=math.inf), std

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from autocomp.predictors.base import Prediction, Predictor
-from autocomp.space import AdditiveTable, SearchSpace
+from autocomp.space import AdditiveTable, Choice, SearchSpace
 from autocomp.testing.searchers import toy_problem
 from autocomp.trial import Estimate, Failure, Fidelity, Measurement, Trial
 
@@ -69,8 +69,37 @@ def check_before_fit(factory: Factory) -> None:
 def check_few_trials(factory: Factory) -> None:
     """One, two or equal trials are enough for finite, positive uncertainty."""
     table, space, trials = toy_trials(6)
-    for few in (trials[:1], trials[:2], [trials[0]] * 3):
+    for few in (trials[:1], trials[:2], [trials[0]] * 3, [trials[0]] * 12):
         _check_sound(_predict(factory("kl", table, space).fit(few), trials), 6)
+
+
+def check_any_value(factory: Factory) -> None:
+    """Values that are equal, negative or zero, and trials of one candidate that disagree, are learned."""
+    table, space, trials = toy_trials(24)
+    for values in (np.full(24, 5.0), np.linspace(-1.0, 1.0, 24), np.zeros(24)):
+        changed = [
+            replace(t, measurement=Measurement({"kl": Estimate(float(v))}, "toy"))
+            for t, v in zip(trials, values, strict=True)
+        ]
+        _check_sound(_predict(factory("kl", table, space).fit(changed), trials), 24)
+    again = [replace(t, candidate=trials[0].candidate) for t in trials]
+    _check_sound(_predict(factory("kl", table, space).fit(again), trials), 24)
+
+
+def check_nothing_to_decide(factory: Factory) -> None:
+    """Decisions with a single option can be predicted like others."""
+    table, space, trials = toy_trials(20)
+    fixed = SearchSpace(tuple(replace(d, domain=Choice((d.options[0],), True)) for d in space.decisions))
+    only = [replace(t, candidate=fixed.sample(np.random.default_rng(0))) for t in trials]
+    _check_sound(_predict(factory("kl", table, fixed).fit(only), only), 20)
+
+
+def check_determinism(factory: Factory) -> None:
+    """Equal predictors that see equal trials predict the same."""
+    table, space, trials = toy_trials(25)
+    one, other = (_predict(factory("kl", table, space).fit(trials), trials) for _ in range(2))
+    assert np.array_equal(one.mean, other.mean), "means differ from one fit to the next"
+    assert np.array_equal(one.std, other.std), "deviations differ from one fit to the next"
 
 
 def check_learns(factory: Factory) -> None:
@@ -83,12 +112,35 @@ def check_learns(factory: Factory) -> None:
 
 
 def check_calibration(factory: Factory) -> None:
-    """Errors are of the size of the standard deviations: within a factor of three in the mean square."""
-    table, space, trials = toy_trials(90)
+    """Errors on held-out trials are of the size of the standard deviations: neither much more nor much less.
+
+    Their root mean square is between a quarter and two of them, and three quarters of the measured values
+    are within two.
+    """
+    table, space, trials = toy_trials(160)
     predicted = _predict(factory("kl", table, space).fit(trials[:60]), trials[60:])
     measured = np.array([t.value("kl") for t in trials[60:]])
-    score = float(np.sqrt(np.mean(((predicted.mean - measured) / predicted.std) ** 2)))
-    assert score < 3.0, f"errors are {score:.1f} standard deviations"
+    errors = np.abs(predicted.mean - measured) / predicted.std
+    size = float(np.sqrt(np.mean(errors**2)))
+    assert size < 2.0, f"std is too narrow: errors are {size:.2f} of it"
+    assert size > 0.25, f"std is too wide: errors are {size:.2f} of it"
+    inside = float(np.mean(errors < 2.0))
+    assert inside > 0.75, f"only {inside:.0%} of the measured values are within two std"
+
+
+def check_surprise(factory: Factory) -> None:
+    """Where values have nothing to do with the candidate, deviations are of the size of the values' own."""
+    table, space, trials = toy_trials(160)
+    rng = np.random.default_rng(0)
+    values = np.exp(0.5 * rng.standard_normal(len(trials)))
+    random = [
+        replace(t, measurement=Measurement({"kl": Estimate(float(v))}, "toy"))
+        for t, v in zip(trials, values, strict=True)
+    ]
+    predicted = _predict(factory("kl", table, space).fit(random[:80]), random[80:])
+    _check_sound(predicted, 80)
+    inside = float(np.mean(np.abs(predicted.mean - values[80:]) < 2.0 * predicted.std))
+    assert inside > 0.75, f"only {inside:.0%} of values that can't be predicted are within two std"
 
 
 def check_ignores_failures(factory: Factory) -> None:
@@ -129,6 +181,7 @@ def check_single_candidates(factory: Factory) -> None:
     together = _predict(predictor, trials)
     alone = [_predict(predictor, [t]) for t in trials]
     assert np.allclose(together.mean, [float(p.mean[0]) for p in alone]), "means depend on other candidates"
+    assert np.allclose(together.std, [float(p.std[0]) for p in alone]), "std depends on other candidates"
 
 
 CHECKS: Mapping[str, Check] = {

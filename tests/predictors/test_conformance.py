@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autocomp.predictors.additive import AdditivePredictor
+from autocomp.predictors.boosted import BoostedPredictor
 from autocomp.predictors.choose import BestOf
 from autocomp.predictors.ranking import RankingPredictor
 from autocomp.predictors.ranking_net import Training
@@ -23,6 +24,8 @@ FACTORIES: dict[str, Factory] = {
     "ranking-without-table": lambda metric, table, space: RankingPredictor(metric, None, space, FAST),
     "trees": lambda metric, table, space: TreesPredictor(metric, table, space),
     "trees-without-table": lambda metric, table, space: TreesPredictor(metric, None, space),
+    "boosted": lambda metric, table, space: BoostedPredictor(metric, table, space, rounds=40),
+    "boosted-without-table": lambda metric, table, space: BoostedPredictor(metric, None, space, rounds=40),
     "best": lambda metric, table, space: BestOf(
         metric,
         {

@@ -181,3 +181,75 @@ def test_rank_correlations_by_hand() -> None:
     a = np.array([1.0, 2.0, 3.0, 4.0])
     assert rank_correlations(a, np.array([10.0, 20.0, 40.0, 30.0])) == pytest.approx((0.8, 2 / 3))
     assert all(math.isnan(r) for r in rank_correlations(a, np.ones(4)))
+
+
+def cliff(n: int, decisions: int = 24) -> tuple[SearchSpace, AdditiveTable, list[Trial]]:
+    """A table that is right until a quarter of the decisions have 3 bits; from there values rise steeply."""
+    rng = np.random.default_rng(0)
+    names = [f"d{i:03d}" for i in range(decisions)]
+    space = SearchSpace(tuple(Decision(x, Choice(BITS, True), block=i // 4) for i, x in enumerate(names)))
+    weights = np.exp(0.5 * rng.normal(size=decisions))
+    costs: dict[str, dict[Value, float]] = {
+        x: {b: float(w) * 4.0**-b for b in BITS} for x, w in zip(names, weights, strict=True)
+    }
+    table, trials = AdditiveTable("kl", 0.0, costs), []
+    for i in range(n):
+        share = rng.uniform(0.0, 0.7)
+        c = Candidate.of({x: 3 if rng.random() < share else BITS[int(rng.integers(1, 4))] for x in names})
+        low = sum(v == 3 for v in c.values.values()) / decisions
+        trials.append(measured(i, c, table.total(c) * float(np.exp(4.0 * max(low - 0.25, 0.0)))))
+    return space, table, trials
+
+
+def test_a_threshold_in_how_many_have_an_option_is_learned() -> None:
+    """No sum over decisions says it; the curves do, and they are left out where there is nothing to say."""
+    space, table, trials = cliff(260)
+    test = [t.candidate for t in trials[160:]]
+    for kind in ("ridge", "gp"):
+        model = ResidualPredictor("kl", table, space, kind).fit(trials[:160])
+        errors = np.log(model.predict(test).mean) - np.log([t.value("kl") for t in trials[160:]])
+        assert model.scales.curve > 0 and errors.std() < 0.1, kind
+    plain = [measured(t.number, t.candidate, table.total(t.candidate)) for t in trials]
+    assert ResidualPredictor("kl", table, space).fit(plain[:160]).scales.curve == 0
+
+
+def test_a_table_around_a_candidate_follows_predictions_near_it() -> None:
+    space, table, trials = cliff(160)
+    model = ResidualPredictor("kl", table, space).fit(trials)
+    names = [d.name for d in space]
+    half = Candidate.of({x: 3 if i % 2 else 6 for i, x in enumerate(names)})
+    local, everywhere = model.corrected(around=half), model.corrected()
+    predicted = float(model.predict([half]).mean[0])
+    assert local.total(half) == pytest.approx(predicted)
+    moves = [half.replace({x: 6 if half[x] == 3 else 3}) for x in names]
+    changes = model.predict(moves).mean / predicted - 1.0
+    found = np.array([local.total(c) for c in moves]) / predicted - 1.0
+    other = np.array([everywhere.total(c) for c in moves]) / everywhere.total(half) - 1.0
+    assert np.abs(found - changes).max() < 0.05  # of changes by a fifth; the rest is of second order
+    assert np.abs(found - changes).mean() < 0.3 * np.abs(other - changes).mean()
+
+
+def test_a_fit_uses_the_newest_of_too_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New trials count, older ones keep the range, and the order they come in makes no difference."""
+    monkeypatch.setattr("autocomp.predictors.residual._MOST", 60)
+    monkeypatch.setattr("autocomp.predictors.residual._WORK", 0.0)
+    space, table, _, trials = biased(10, 100)
+    late = [measured(100 + t.number, t.candidate, 2.0 * t.value("kl")) for t in trials[:40]]
+    every = [*trials, *late]
+    model = ResidualPredictor("kl", table, space).fit(every)
+    assert len(model._values) == 60
+    assert set(model._values) >= {t.value("kl") for t in late}
+    old = set(model._values) - {t.value("kl") for t in late}
+    assert {min(t.value("kl") for t in trials), max(t.value("kl") for t in trials)} <= old
+    turned = ResidualPredictor("kl", table, space).fit(every[::-1])
+    test = [t.candidate for t in trials]
+    assert np.array_equal(model.predict(test).mean, turned.predict(test).mean)
+
+
+def test_thousands_of_trials_are_fitted_in_tenths_of_a_second() -> None:
+    space, table, _, trials = biased(210, 300)
+    many = [measured(300 * i + t.number, t.candidate, t.value("kl")) for i in range(20) for t in trials]
+    ResidualPredictor("kl", table, space).fit(many)  # codes of candidates are remembered
+    began = time.process_time()
+    ResidualPredictor("kl", table, space).fit(many).predict([t.candidate for t in trials])
+    assert time.process_time() - began < 2.0  # the kernel of all of them would take a minute

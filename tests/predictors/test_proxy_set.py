@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 from autocomp.errors import SpaceError
 from autocomp.measure.images import frechet, gaussian
-from autocomp.predictors.proxy_scores import FrechetScore, MeanScore
-from autocomp.predictors.proxy_set import Method, ProxySet, Ranking, choose_samples, frequency, match
+from autocomp.predictors.proxy_scores import FrechetScore, LogMeanScore, MeanScore
+from autocomp.predictors.proxy_search import Ranking, frequency, match
+from autocomp.predictors.proxy_set import Method, ProxySet, choose_and_check, choose_samples
 
 METHODS: tuple[Method, ...] = ("match", "frequency")
 
@@ -38,11 +40,43 @@ def frechet_score(seed: int = 0, models: int = 24, samples: int = 1000, d: int =
     return FrechetScore(np.stack(turned).astype(np.float16), gaussian(1.1 * clean))
 
 
+def divergences(seed: int = 0, models: int = 40, samples: int = 300) -> LogMeanScore:
+    """KL of sequences: models over two decades, damaged in five ways that sequences mind unequally."""
+    rng = np.random.default_rng(seed)
+    minds = rng.gamma(1.5, size=(5, samples))
+    damage = np.exp(rng.uniform(-3.0, 2.0, size=(models, 1))) * rng.dirichlet(np.full(5, 0.7), size=models)
+    return LogMeanScore(damage @ minds * rng.gamma(50.0, 1 / 50, size=(models, samples)))
+
+
 def test_a_mean_over_sets() -> None:
     score = mean_score(samples=20)
     sets = np.array([[0, 3, 5], [7, 1, 19]])
     assert score(sets) == pytest.approx(np.stack([score.matrix[:, s].mean(axis=1) for s in sets]))
     assert score.of(np.array([2, 4])).full == pytest.approx(score.full[[2, 4]])
+
+
+def test_the_logarithm_of_a_mean_over_sets() -> None:
+    matrix = np.random.default_rng(0).gamma(1.0, size=(4, 20))
+    score, sets = LogMeanScore(matrix), np.array([[0, 3, 5], [7, 1, 19]])
+    assert score(sets) == pytest.approx(np.stack([np.log(matrix[:, s].mean(axis=1)) for s in sets]))
+    assert score(np.arange(20)[None])[0] == pytest.approx(score.full)
+    assert score.parts.mean(axis=1) == pytest.approx(score.full)
+    assert score.of(np.array([2])).full == pytest.approx(score.full[[2]])
+    # First order: a set with slightly more of one sample moves as its part says.
+    weights = np.full(20, 1 / 20) + np.eye(20)[7] * 1e-4
+    moved = np.log(matrix @ weights / weights.sum()) - score.full
+    assert moved == pytest.approx(1e-4 * (score.parts[:, 7] - score.full), rel=1e-3)
+
+
+def test_logarithms_weigh_small_values_as_much_as_large_ones() -> None:
+    """Sets that match plain means look at the most damaged models only."""
+    plain, logs = [], []
+    for seed in range(4):
+        score = divergences(seed)
+        plain.append(choose_samples(MeanScore(score.matrix), 15, seed=seed, draws=5).tau_test)
+        logs.append(choose_samples(score, 15, seed=seed, draws=5).tau_test)
+    assert np.mean(logs) > np.mean(plain) + 0.005
+    assert min(logs) > 0.95
 
 
 def test_a_frechet_distance_over_sets() -> None:
@@ -126,8 +160,28 @@ def test_the_report_is_of_models_that_the_search_did_not_see() -> None:
     assert final.final and final.indices != one.indices and final.tau_test == one.tau_test
 
 
+def test_taus_are_means_over_halves_and_the_set_sees_all_models() -> None:
+    score = mean_score(models=16, samples=200)
+    found = choose_and_check(score, 20, halves=3, seed=5, draws=10)
+    single = [choose_samples(score, 20, seed=5 + i, draws=10) for i in range(3)]
+    for name in ("tau_train", "tau_test", "random_mean", "random_plain", "plain_test"):
+        assert getattr(found, name) == pytest.approx(np.mean([getattr(s, name) for s in single]))
+    assert found.final and found.halves == 3 and len(found.indices) == 20
+    assert Ranking.of(score, 1.0).tau(score(np.array([found.indices])))[0] > found.tau_test
+    with pytest.raises(SpaceError, match="got 0"):
+        choose_and_check(score, 20, halves=0)
+
+
+def test_a_set_says_how_good_it_is() -> None:
+    found = choose_and_check(mean_score(models=12, samples=100), 10, halves=2, draws=5)
+    first, chosen, random = found.text().split("\n")
+    assert first.startswith("10 of 100: Kendall's tau")
+    assert f"{found.tau_test:.3f}" in chosen and f"{found.plain_test:.3f}" in chosen
+    assert f"{found.random_mean:.3f} ± {found.random_sd:.3f}" in random
+
+
 def test_a_set_outlives_its_process(tmp_path: Path) -> None:
-    found = choose_samples(mean_score(models=8, samples=50), 10, draws=5)
+    found = replace(choose_samples(mean_score(models=8, samples=50), 10, draws=5), data={"seed": 3})
     assert math.isnan(found.random_large)  # there are no 100 samples
     path = tmp_path / "subset.json"
     found.save(path)
@@ -147,5 +201,9 @@ def test_what_can_not_be_searched_is_refused() -> None:
         choose_samples(mean_score(models=5, samples=50), 10)
     with pytest.raises(SpaceError, match="finite array of 2 axes"):
         MeanScore(np.full((2, 3), math.nan))
+    with pytest.raises(SpaceError, match="leave the uncompressed model out"):
+        LogMeanScore(np.array([[1.0, 2.0], [0.0, 0.0]]))
+    with pytest.raises(SpaceError, match="a value of -1"):
+        LogMeanScore(np.array([[3.0, -1.0]]))
     with pytest.raises(SpaceError, match="finite array of 3 axes"):
         FrechetScore(np.zeros((2, 3)), gaussian(np.eye(3)))
