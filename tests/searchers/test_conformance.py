@@ -14,6 +14,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "random": {},
     "epsilon": {"intervals": 2, "gap": 0.05},
     "evolution": {"population": 8},
+    "exhaustive": {"shuffle": True},
     "ilp": {"points": 3, "gap": 0.05},
     "optuna": {"sampler": "NSGAIISampler", "sampler_options": {"population_size": 8}},
     "hybrid": {"points": 3, "first": 3, "pool": 40, "gap": 0.05},

@@ -170,6 +170,14 @@ def test_batch_goes_where_the_volume_is() -> None:
     assert sorted(pick_batch(scene, 9, rng)) == [0, 1, 2, 3, 4]
 
 
+def test_a_doubtful_bad_candidate_is_not_taken_for_a_great_one() -> None:
+    """Losses over decades: 0.3 ± 0.3 says that it is bad, and by how much is open; 0.02 ± 0.002 is a gain."""
+    measured = np.array([[2.0, 10.0], [0.03, 30.0], [0.001, 60.0]])
+    mean, std = np.array([[0.3, 30.5], [0.02, 31.0]]), np.array([[0.3, 0.0], [0.002, 0.0]])
+    scene = Scene(measured, mean, std, np.ones(2), np.zeros((0, 2)))
+    assert pick_batch(scene, 1, np.random.default_rng(0)) == [1]
+
+
 def test_profiles_are_asked_for_where_none_was_made() -> None:
     problem, truth = wrong_tables(0)
     history = run("hybrid", problem, truth, 24, first=6, points=6, gap=0.05)
