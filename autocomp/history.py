@@ -14,6 +14,11 @@ SELECTION = Fidelity("selection", "selection")
 REPORT = Fidelity("report", "report")
 
 
+def timing_only(number: int) -> Fidelity:
+    """Of one candidate, the timing of that number: latency alone, no quality is scored."""
+    return Fidelity(f"timing-{number}", "")
+
+
 class History:
     """Trials in order, with look-up by (candidate, fidelity)."""
 

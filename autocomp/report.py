@@ -202,6 +202,13 @@ def markdown(front: ParetoFront, selected: Trial | None = None, metrics: Iterabl
     return "\n".join([line(table.header), rule, *body, "", _escape(_NOTE)])
 
 
+def front_page(result: StudyResult) -> str:
+    """The table of a study's front, and below it what is known of the noise (``StudyResult.noise``)."""
+    words = result.noise.get("words", ())
+    notes = "".join(f"- {_escape(text)}\n" for text in words)
+    return markdown(result.front) + "\n" + (f"\nNoise:\n\n{notes}" if notes else "")
+
+
 def _escape(cell: str) -> str:
     return cell.replace("|", "\\|").replace("*", "\\*")
 
@@ -226,7 +233,8 @@ def rich_table(
 def write_artifacts(result: StudyResult, maps: int = 4) -> list[Path]:
     """Draw a study's pictures and tables into its run directory.
 
-    ``front.html``, ``front.png``, ``front.md``, ``hypervolume.png``, ``audit_METRIC.png`` for each audit and,
+    ``front.html``, ``front.png``, ``front.md``, ``hypervolume.png``, ``audit_METRIC.png`` for each audit,
+    ``drift_METRIC.png`` for each latency that the uncompressed model was timed in again and,
     for up to ``maps`` points of the front, ``choices_NUMBER.png`` and ``spans_NUMBER.png`` (attention is
     in the latter; neither is written empty). What can't be drawn is logged and left out.
 
@@ -247,17 +255,21 @@ def write_artifacts(result: StudyResult, maps: int = 4) -> list[Path]:
 def _drawings(result: StudyResult, maps: int) -> dict[str, Callable[[Path], object]]:
     """File name -> what writes it."""
     from autocomp import choice_map, plots
+    from autocomp.drift_plot import drift_png
 
     front = result.front
     jobs: dict[str, Callable[[Path], object]] = {
-        "front.md": lambda path: path.write_text(markdown(front) + "\n"),
+        "front.md": lambda path: path.write_text(front_page(result)),
         "front.html": partial(plots.front_html, front),
         "front.png": partial(plots.front_png, front),
         "hypervolume.png": partial(plots.hypervolume_png, list(result.hypervolume)),
     }
+    for metric, places in result.noise.get("drift", {}).items():
+        if any(found["references"] > 1 for found in places.values()):
+            jobs[f"drift_{_file_name(metric)}.png"] = partial(drift_png, metric, places)
     for metric, found in result.audit.items():
         draw = partial(plots.audit_png, metric, found["predicted"], found["measured"])
-        jobs[f"audit_{re.sub('[^A-Za-z0-9_.-]', '_', metric)}.png"] = draw
+        jobs[f"audit_{_file_name(metric)}.png"] = draw
     found_by_search = [p.trial for p in front.front if not is_baseline(p.trial)]
     try:
         for trial in spread(found_by_search, front.objectives, maps):
@@ -265,6 +277,10 @@ def _drawings(result: StudyResult, maps: int) -> dict[str, Callable[[Path], obje
     except RunError as error:
         logger.warning("could not draw the maps of choices: %s", error)
     return jobs
+
+
+def _file_name(metric: str) -> str:
+    return re.sub("[^A-Za-z0-9_.-]", "_", metric)
 
 
 def empty_note(front: ParetoFront) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from autocomp.space import Candidate
 
-FailureKind = Literal["oom", "nan", "crash", "timeout", "invalid", "error"]
+FailureKind = Literal["oom", "nan", "crash", "timeout", "invalid", "error", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Fidelity:
 
     Attributes:
         name: ``proxy``, ``selection``, ``report`` or whatever a job calls it; part of the trial's key.
-        split: which data split quality is scored on.
+        split: which data split quality is scored on; empty when it is not (latency alone is measured).
         sequences: number of sequences scored (0: the whole split).
         timing: whether latency is measured.
     """
@@ -65,10 +65,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no measurement."""
+    """Why there is no measurement, and the wall seconds that it took to find out (0: not known)."""
 
     kind: FailureKind
     reason: str
+    seconds: float = field(default=0.0, compare=False)
 
 
 def _rows(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:

@@ -52,6 +52,17 @@ def uniform(number: int, option: str) -> Trial:
 
 
 MANY = [*(uniform(i, o) for i, o in enumerate(OPTIONS)), *(make_trial(i) for i in range(4, 60))]
+PLACE = {
+    "references": 5,
+    "drifts": True,
+    "times": [0.0, 60.0, 120.0],
+    "level": [10.0, 10.0, 12.0],
+    "measured": [[0.0, 10.1, 0.1], [60.0, 9.9, 0.1], [60.0, 30.0, 0.1], [120.0, 12.0, float("nan")]],
+}
+NOISE = {
+    "drift": {"decode_ms": {"": PLACE}, "prefill_ms": {"": {**PLACE, "references": 1}}},
+    "words": ["the device became 20 % slower"],
+}
 FRONTS = {
     "none": ParetoFront((), (KL, MS)),
     "none feasible": ParetoFront.of(MANY, [KL, MS], [Constraint.parse("memory_mb <= 1")]),
@@ -286,11 +297,16 @@ def test_artifacts_are_written_and_a_failing_drawing_is_left_out(
     (tmp_path / "front.json").write_text("{}")
     audit = {"kl": {"predicted": [1.0, 2.0], "measured": [1.0, 3.0]}}
     result = cast(
-        Any, SimpleNamespace(run_dir=tmp_path, front=FRONTS["many"], audit=audit, hypervolume=[0.1, 0.2])
+        Any,
+        SimpleNamespace(
+            run_dir=tmp_path, front=FRONTS["many"], audit=audit, hypervolume=[0.1, 0.2], noise=NOISE
+        ),
     )
     monkeypatch.setattr(run_files, "read_description", lambda _: SimpleNamespace(space=SPACE))
     names = {p.name for p in report.write_artifacts(result, maps=2)}
     fixed = {"front.json", "front.md", "front.html", "front.png", "hypervolume.png", "audit_kl.png"}
+    fixed |= {"drift_decode_ms.png"}
+    assert "- the device became 20 % slower" in (tmp_path / "front.md").read_text()
     assert names > fixed and len([n for n in names if n.startswith("choices_")]) == 2
     assert all((tmp_path / n).stat().st_size for n in names)
 

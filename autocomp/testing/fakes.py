@@ -89,6 +89,8 @@ class FakeWorker:
             "memory_mb": Estimate(1.0 + size),
             "avg_bits": Estimate(size / len(self.names)),
         }
+        if not fidelity["split"]:
+            metrics = {}
         if self.unexecutable not in candidate.values():
             metrics["decode_ms"] = Estimate(5.0 + size, 1e-6, 5)
         return asdict(Measurement(metrics, "fake device", 0.01, 100))
