@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocomp.description import Description
 from autocomp.errors import ExportError, JobError, RunError
 from autocomp.executors.base import Executor, WorkerSpec
-from autocomp.history import REPORT, SELECTION
+from autocomp.history import PROXY, REPORT, SELECTION
 from autocomp.job import Job
 from autocomp.journal import read_records
 from autocomp.objective import Objective
 from autocomp.pareto import ParetoFront
+from autocomp.plan import make_plan
+from autocomp.readings import Readings
 from autocomp.registry import EXECUTORS, SEARCHERS
 from autocomp.searchers.base import Problem, Searcher
 from autocomp.space import Candidate
@@ -57,14 +62,16 @@ def search(
     """
     checked = as_job(job, overrides)
     folder = Path(run_dir) if run_dir is not None else new_run_dir(checked)
+    runner = executor if executor is not None else make_executor(checked)
     study = Study(
         checked,
         folder,
-        executor=executor if executor is not None else make_executor(checked),
+        executor=runner,
         searcher=searcher if searcher is not None else _searcher_factory(checked),
         trackers=make_trackers(checked, folder) if trackers is None else trackers,
         objectives=objectives,
         on_event=on_event,
+        clock=getattr(runner, "clock", time.perf_counter),
     )
     return study.run()
 
@@ -92,12 +99,25 @@ def front_of(run_dir: str | Path) -> ParetoFront:
     if any(r["kind"] == "finished" for r in records) and summary.is_file():
         return ParetoFront.from_json(json.loads(summary.read_text())["front"])
     job = _job_of(folder, records)
-    trials = [Trial.from_json(r["trial"]) for r in records if r["kind"] == "trial"]
-    for level in (REPORT.name, SELECTION.name, "proxy"):
-        found = [t for t in trials if t.fidelity.name == level]
+    readings = read_trials(records, job)
+    for level in (REPORT, SELECTION, PROXY):
+        found = readings.at(level)
         if found:
             return ParetoFront.of(found, job.parsed_objectives(), job.parsed_constraints())
     return ParetoFront((), job.parsed_objectives(), job.parsed_constraints())
+
+
+def read_trials(records: Sequence[Mapping[str, Any]], job: Job) -> Readings:
+    """The trials of a run's journal as its study reads them, corrected for drift of the device."""
+    found = [Description.from_json(r["description"]) for r in records if r["kind"] == "description"]
+    readings = Readings()
+    if found:
+        plan = make_plan(found[0], job.parsed_objectives(), job.parsed_constraints())
+        readings = Readings.of(plan, shared=job.executor.gpus == 0)
+    for record in records:
+        if record["kind"] == "trial":
+            readings.add(Trial.from_json(record["trial"]), record["elapsed"])
+    return readings
 
 
 def _job_of(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> Job:
@@ -191,8 +211,11 @@ def new_run_dir(job: Job) -> Path:
 
 
 def make_executor(job: Job) -> Executor:
-    """The executor that the job names, with workers of ``autocomp.worker``."""
+    """The executor that the job names, with workers of ``autocomp.worker`` or those of a recording."""
     config = job.executor
+    if config.name == "simulated":
+        replayed: Executor = EXECUTORS.get(config.name)(config.table, config.workers, config.nearest)
+        return replayed
     workers, threads = worker_shape(config.workers, config.threads, config.gpus)
     spec = WorkerSpec(
         target="autocomp.worker:ModelWorker",
@@ -233,7 +256,8 @@ def make_trackers(job: Job, run_dir: Path) -> list[Tracker]:
 
 
 class _Named:
-    """A searcher by name, built when the problem is known; forwards the class's ``unsupported``."""
+    """A searcher by name, built when the problem is known; forwards the class's ``unsupported``, with the
+    options that it takes."""
 
     def __init__(self, job: Job) -> None:
         self._class = SEARCHERS.get(job.searcher.name)
@@ -241,7 +265,10 @@ class _Named:
 
     def unsupported(self, problem: Problem) -> list[str]:
         check = getattr(self._class, "unsupported", None)
-        return list(check(problem)) if check is not None else []
+        if check is None:
+            return []
+        taken = inspect.signature(check).parameters
+        return list(check(problem, **{k: v for k, v in self._options.items() if k in taken}))
 
     def __call__(self, problem: Problem) -> Searcher:
         try:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,6 +142,32 @@ def front(
 
 
 @app.command()
+def record(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs of one model, space and machine.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write, like table.json.gz.")],
+    corrected: Annotated[
+        bool,
+        typer.Option(
+            "--corrected", help="Latencies corrected for drift of the device; default: as measured."
+        ),
+    ] = False,
+) -> None:
+    """Write what runs measured to one small file, which a search can replay in seconds."""
+    from autocomp.recorded import Recording
+
+    recording = Recording.of_runs(run_dirs, corrected=corrected)
+    recording.save(out)
+    counts = Counter(t.fidelity.name if t.fidelity.split else "timed only" for t in recording.trials.values())
+    parts = ", ".join(f"{name} {count}" for name, count in counts.items())
+    typer.echo(f"wrote {out}: {len(recording.trials)} trials ({parts}), {out.stat().st_size / 1e3:.0f} kB")
+    typer.echo(
+        f"replay it with: autocomp search JOB -o executor.name=simulated -o executor.table={out}", err=True
+    )
+
+
+@app.command()
 def measure(
     job: JobFile,
     candidate: Annotated[
@@ -167,6 +194,39 @@ def measure(
             typer.echo(f"  {name:<{width}}  {report.number_text(value, trial.stderr(name))}")
     if not trial.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def proxy(
+    job: JobFile,
+    out: Annotated[Path, typer.Option(help="File to write, for workload.data.subset.")] = Path("subset.json"),
+    size: Annotated[int, typer.Option(min=0, help="Sequences to choose; 0 for a tenth.")] = 0,
+    candidates: Annotated[int, typer.Option(help="Candidates scored on all sequences.")] = 30,
+    metric: Annotated[str, typer.Option(help="Whose ranking counts; default: the job's first.")] = "",
+    override: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Keeps the scores; an earlier one is continued.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose the few proxy sequences that rank candidates as all of them do."""
+    from autocomp import api
+    from autocomp.job import Job
+    from autocomp.proxy import choose_proxy
+
+    checked = Job.from_yaml(job, override or ())
+    folder = run_dir if run_dir is not None else api.new_run_dir(checked)
+    say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+    say(f"run directory: {folder}")
+    chosen = choose_proxy(
+        checked, out=out, size=size, candidates=candidates, metric=metric, run_dir=folder, say=say
+    )
+    if as_json:
+        typer.echo(json.dumps(chosen.to_json(), indent=2))
+    else:
+        typer.echo(chosen.text())
+        typer.echo(f"wrote {out}; search with: -o workload.data.subset={out}")
 
 
 @app.command()

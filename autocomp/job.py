@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autocomp.errors import AutocompError, JobError
 from autocomp.objective import Constraint, Objective
@@ -60,25 +60,39 @@ class BudgetConfig(Config):
         trials: candidates measured at the proxy fidelity, baselines and audit included.
         minutes: wall time of the search phase.
         tokens: tokens scored at the proxy fidelity.
+        stages: candidates are first measured on so many sequences of the proxy split, ``[4]`` or ``[4, 16]``,
+            and go on to more only while they may reach the front. Worth it where scoring takes most of a
+            trial, since latency is measured at each stage. Baselines and audit take the whole split.
     """
 
     trials: int = Field(60, ge=1)
     minutes: float = Field(0.0, ge=0)
     tokens: int = Field(0, ge=0)
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_grow(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("stages must grow, such as [4, 16]")
+        return value
 
 
 class ExecutorConfig(Config):
     """Where workers run.
 
     Attributes:
-        name: ``ray`` or ``local``.
-        workers: 0 picks one per GPU, or one per four CPU cores (at least one; two on two cores).
+        name: ``ray``, ``local``, or ``simulated``, which replays the recording ``table``.
+        workers: 0 picks one per GPU, or one per four CPU cores (at least one; two on two cores);
+            ``simulated`` takes as many as the recorded run had.
         threads: CPU threads a worker; 0 divides the cores evenly.
         address: Ray address (``auto`` for a running cluster); empty starts a local Ray.
         gpus: whole GPUs a worker; ``accelerator`` (``H100``) makes Ray place it on that type only.
         timeout_s: limit for one measurement, in seconds.
         memory_mb: cap on a worker's memory (10**6 bytes), 0 for none.
         retries: how often a trial whose worker crashed is tried again.
+        table: file of a recording (``autocomp record``), for ``simulated`` alone.
+        nearest: a simulated worker answers for what was not measured with the nearest that was.
     """
 
     name: str = "ray"
@@ -90,11 +104,21 @@ class ExecutorConfig(Config):
     timeout_s: float = Field(1800.0, gt=0)
     memory_mb: int = Field(0, ge=0)
     retries: int = Field(1, ge=0)
+    table: str = ""
+    nearest: bool = False
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
         return str(_readable(EXECUTORS.check, value))
+
+    @model_validator(mode="after")
+    def _table_is_for_simulations(self) -> ExecutorConfig:
+        if self.name == "simulated" and not self.table:
+            raise ValueError("simulated needs executor.table, a file that `autocomp record` wrote")
+        if self.name != "simulated" and (self.table or self.nearest):
+            raise ValueError("table and nearest are for executor.name: simulated; drop them or set that name")
+        return self
 
 
 class TrackingConfig(Config):
@@ -112,11 +136,17 @@ class ValidationConfig(Config):
         audit: random feasible candidates measured to check the additive model before it is trusted.
         promote: most candidates re-measured on the selection split.
         report: most front candidates re-measured on the report split (baselines come on top).
+        repeats: how often a point whose latency decides what is on the front, but lies within the noise of
+            another's, is timed again at most. 0 for never.
+        reference_every: after so many trials the uncompressed model is timed again, to see whether the
+            device became slower or faster; never more than some 5 % of the time. 0 for never.
     """
 
     audit: int = Field(6, ge=0)
     promote: int = Field(24, ge=1)
     report: int = Field(16, ge=1)
+    repeats: int = Field(3, ge=0)
+    reference_every: int = Field(10, ge=0)
 
 
 class Job(Config):

@@ -60,7 +60,7 @@ def make_plan(
     ]
     known = {*description.exact, *description.timing, *description.counts}
     quality = tuple(dict.fromkeys(m for m in named if m not in known))
-    told = (*(description.notes if timing else ()), *notes)
+    told = (*description.notes, *notes)
     return Plan(space.with_constraints(budgets), baselines, quality, timing, told)
 
 

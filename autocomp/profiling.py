@@ -37,12 +37,15 @@ class Profiler:
         """One shard of a profile; see ``ModelWorker.profile``.
 
         Raises:
-            CapabilityError: an unknown kind of profile.
+            CapabilityError: a kind of profile that is unknown or that the workload does not have.
         """
         wanted = ProfileRequest(request["kind"], request["shard"], request["shards"])
         if wanted.kind == "neighbourhood":
             with computing(self.worker.lock):
                 return self._neighbourhood(wanted, Candidate.of(request["candidate"]))
+        if wanted.kind == "sequences":
+            with computing(self.worker.lock):
+                return self._sequences(wanted, self.worker.checked(request["candidate"]))
         if wanted.kind == "operations":
             return self._operations(wanted, request["keys"], request["metrics"])
         method = wanted.kind.partition(":")[2]
@@ -102,6 +105,22 @@ class Profiler:
         calls = self.built.state["trajectories"].batches
         rows = attention_influence(self.built.state["denoisers"][""], calls, questions) if questions else {}
         return ProfileResult(request.kind, rows, time.perf_counter() - started)
+
+    def _sequences(self, request: ProfileRequest, candidate: Candidate) -> ProfileResult:
+        """What every sequence of the proxy split gives for a candidate: rows by metric, options are positions
+        in the split. ``details`` holds what identifies the sequences, as ``data``.
+
+        Raises:
+            CapabilityError: see ``Workload.sequence_values``.
+        """
+        started = time.perf_counter()
+        self.worker.ensure_teacher(Fidelity("sequences", "proxy", timing=False))
+        self.worker.apply(candidate, serving=False)
+        values, facts = self.workload.sequence_values(self.built)
+        rows: dict[str, dict[Value, tuple[int, float, float]]] = {
+            metric: {i: (1, v, v * v) for i, v in enumerate(row)} for metric, row in values.items()
+        }
+        return ProfileResult(request.kind, rows, time.perf_counter() - started, {"data": facts})
 
     def _profiled_by(self, way: str) -> list[Decision]:
         return [d for s in self.worker.spaces if s.profiled_by == way for d in self.decisions[s.name]]

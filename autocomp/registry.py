@@ -58,6 +58,7 @@ SEARCHERS = Registry(
     {
         "epsilon": "autocomp.searchers.epsilon:EpsilonSearcher",
         "evolution": "autocomp.searchers.evolution:EvolutionSearcher",
+        "exhaustive": "autocomp.searchers.exhaustive:ExhaustiveSearcher",
         "hybrid": "autocomp.searchers.hybrid:HybridSearcher",
         "ilp": "autocomp.searchers.ilp:IlpSearcher",
         "optuna": "autocomp.searchers.optuna:OptunaSearcher",
@@ -66,7 +67,11 @@ SEARCHERS = Registry(
 )
 EXECUTORS = Registry(
     "executor",
-    {"local": "autocomp.executors.local:LocalExecutor", "ray": "autocomp.executors.ray:RayExecutor"},
+    {
+        "local": "autocomp.executors.local:LocalExecutor",
+        "ray": "autocomp.executors.ray:RayExecutor",
+        "simulated": "autocomp.recorded:replay_executor",
+    },
 )
 WORKLOADS = Registry(
     "workload",

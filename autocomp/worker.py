@@ -108,11 +108,11 @@ class ModelWorker:
             timing=tuple(self.workload.timing_metrics),
             counts=tuple(self.workload.counts),
             rows=self.workload.kernel_rows(self.built),
-            profiles=(*(f"sensitivity:{m}" for m in self._methods()), *self._local_profiles()),
+            profiles=self._profiles(),
             device=devices.device_name(self.device, self.timing_threads()),
             versions=devices.software_versions(),
             export_limits=self._export_limits(space),
-            notes=self._notes(),
+            notes=(*self._notes(), *(n for s in self.spaces for n in s.notes(self.built.site))),
         ).to_json()
 
     def _notes(self) -> tuple[str, ...]:
@@ -147,9 +147,20 @@ class ModelWorker:
         limits = {name: tuple(EXPORTERS.get(name)().supports(self, smallest)) for name in EXPORTERS.names()}
         return {name: reasons for name, reasons in limits.items() if reasons}
 
-    def _local_profiles(self) -> tuple[str, ...]:
-        able = hasattr(self.workload, "divergence") and all(s.profiled_by for s in self.spaces)
-        return ("neighbourhood",) if able else ()
+    def _profiles(self) -> tuple[str, ...]:
+        """Kinds of profile: sensitivities, what single sequences give, costs around a candidate."""
+        around = hasattr(self.workload, "divergence") and all(s.profiled_by for s in self.spaces)
+        sequences = bool(self.workload.sequence_metrics)
+        kinds = [f"sensitivity:{m}" for m in self._methods()]
+        return (*kinds, *["sequences"] * sequences, *["neighbourhood"] * around)
+
+    def checked(self, candidate: Mapping[str, Value]) -> Candidate:
+        """The candidate after checking that it is in the space.
+
+        Raises:
+            SpaceError: it is not.
+        """
+        return self._search_space.check(Candidate.of(candidate))
 
     @cached_property
     def _search_space(self) -> SearchSpace:
@@ -188,27 +199,22 @@ class ModelWorker:
         """Run one shard of a profile; a ``ProfileResult``.
 
         ``request`` holds the fields of a ``ProfileRequest``; for ``operations`` also ``keys`` (kernel calls)
-        and ``metrics`` (name -> tokens), for ``neighbourhood`` also ``candidate``.
+        and ``metrics`` (name -> tokens), for ``neighbourhood`` and ``sequences`` also ``candidate``.
         """
         return Profiler(self).run(request).to_json()
 
     # -- measure ----------------------------------------------------------------------------------
 
     def measure(self, candidate: Mapping[str, Value], fidelity: Mapping[str, Any]) -> dict[str, Any]:
-        """Build, score and time one candidate; ``asdict`` of a ``Measurement``.
+        """Build, score and time one candidate, or only time it; ``asdict`` of a ``Measurement``.
 
         Raises:
             SpaceError: the candidate is not in the space.
             FloatingPointError: a metric is not finite.
         """
         started = time.perf_counter()
-        wanted, level = Candidate.of(candidate), Fidelity(**fidelity)
-        self._search_space.check(wanted)
-        with computing(self.lock):
-            self.ensure_teacher(level)
-            self.apply(wanted, serving=False)
-            metrics, tokens = self.workload.score(self.built, level)
-        metrics |= self.workload.exact(self.built, self._exact(wanted))
+        wanted, level = self.checked(candidate), Fidelity(**fidelity)
+        metrics, tokens = self._score(wanted, level) if level.split else ({}, 0)
         details: dict[str, Any] = {}
         if level.timing and not self._unexecutable(wanted):
             timed, details = self._time(wanted, thorough=level.name == "report")
@@ -225,7 +231,16 @@ class ModelWorker:
             )
         )
 
-    def _exact(self, candidate: Candidate) -> dict[str, Estimate]:
+    def _score(self, candidate: Candidate, level: Fidelity) -> tuple[dict[str, Estimate], int]:
+        """Quality and exact metrics of a candidate, and the tokens scored."""
+        with computing(self.lock):
+            self.ensure_teacher(level)
+            self.apply(candidate, serving=False)
+            metrics, tokens = self.workload.score(self.built, level)
+        return {**metrics, **self.workload.exact(self.built, self.exact(candidate))}, tokens
+
+    def exact(self, candidate: Candidate) -> dict[str, Estimate]:
+        """What the additive tables of bytes and the like say, before the workload's own additions."""
         return {m: Estimate(t.total(candidate)) for m, t in self._tables.items()}
 
     @cached_property
@@ -280,7 +295,7 @@ class ModelWorker:
             ExportError: the format can't hold it (with every reason), ``out`` is not an empty or new folder,
                 or it can't be written to.
         """
-        wanted = self._search_space.check(Candidate.of(candidate))
+        wanted = self.checked(candidate)
         exporter = EXPORTERS.get(format)()
         reasons = exporter.supports(self, wanted)
         if reasons:

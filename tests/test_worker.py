@@ -15,6 +15,7 @@ import torch
 from autocomp import worker as worker_module
 from autocomp.description import Description
 from autocomp.errors import CapabilityError, ExportError, JobError, SpaceError
+from autocomp.history import timing_only
 from autocomp.job import Job
 from autocomp.predictors.latency import operation_keys
 from autocomp.profile import ProfileResult, mean
@@ -95,6 +96,13 @@ def test_what_nothing_executes_has_no_latency(make_worker: MakeWorker) -> None:
     found = worker.measure(candidate, PROXY)
     assert not set(found["metrics"]) & set(described(worker).timing)
     assert {"kl", "memory_mb"} <= set(found["metrics"]) and found["details"] == {}
+
+
+def test_a_candidate_can_be_timed_alone(llama: ModelWorker) -> None:
+    found = llama.measure(uniform(llama, "w8"), asdict(timing_only(3)))
+    assert set(found["metrics"]) >= {"decode_ms", "prefill_ms"} and found["tokens"] == 0
+    assert not {"kl", "ppl", "top1", "memory_mb"} & set(found["metrics"])
+    assert found["metrics"]["decode_ms"]["stderr"] >= 0 and llama.built.pristine
 
 
 def test_without_timing_there_is_none(llama: ModelWorker) -> None:

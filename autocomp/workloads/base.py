@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
+from autocomp.errors import CapabilityError
 from autocomp.search_spaces.base import ModelSite
 from autocomp.trial import Estimate, Fidelity
 
@@ -58,6 +59,9 @@ class Workload(ABC):
     #: Losses (0 for the uncompressed model) that ``score`` gives at a fidelity named ``sensitivity``. The
     #: first stands for every quality metric in a search; ``x_loss`` after it for the metric ``x`` alone.
     sensitivity_metrics: tuple[str, ...] = ("kl",)
+    #: Quality metrics in whose order the means of ``sequence_values`` put candidates. Empty where quality is
+    #: not a mean over the proxy split: no subset of it can then be chosen by ``autocomp proxy``.
+    sequence_metrics: ClassVar[tuple[str, ...]] = ()
     #: metric -> what the job lacks for it, for metrics that another configuration would have
     unavailable: Mapping[str, str] = {}
 
@@ -72,6 +76,18 @@ class Workload(ABC):
     @abstractmethod
     def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
         """Quality of the model as it is now on ``fidelity.split``; also the number of tokens scored."""
+
+    def sequence_values(self, built: Built) -> tuple[dict[str, list[float]], dict[str, int | str]]:
+        """What each sequence of the whole proxy split gives for the model as it is, by ``sequence_metrics``,
+        and what identifies these sequences.
+
+        Raises:
+            CapabilityError: this workload has no such values.
+        """
+        del built
+        raise CapabilityError(
+            f"workload {self.kind} is not scored by single sequences; no subset can be chosen"
+        )
 
     @abstractmethod
     def time(self, built: Built, *, thorough: bool = True) -> tuple[dict[str, Estimate], dict[str, Any]]:

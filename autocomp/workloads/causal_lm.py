@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from autocomp.errors import CapabilityError, JobError
 from autocomp.trial import Estimate, Fidelity
 from autocomp.workloads.base import Built, Workload
+from autocomp.workloads.subset import Facts, pool_facts, read_subset
 from autocomp.workloads.text import (
     SPLITS,
     drop_repeats,
@@ -40,6 +41,8 @@ class DataConfig(BaseModel):
         text: UTF-8 files; empty for built-in English prose (some 90 000 tokens).
         sequence_length: tokens of a sequence.
         calibration, proxy, selection, report: sequences of each split; the splits are disjoint.
+        subset: file of ``autocomp proxy`` that names the few of the ``proxy`` sequences which are scored in a
+            search (they rank candidates as all of them do); empty for all.
         teacher_mb: memory (10**6 bytes) for the uncompressed model's outputs.
     """
 
@@ -51,6 +54,7 @@ class DataConfig(BaseModel):
     proxy: int = Field(default=16, ge=1)
     selection: int = Field(default=48, ge=1)
     report: int = Field(default=96, ge=1)
+    subset: str = ""
     teacher_mb: float = Field(default=512.0, gt=0)
 
 
@@ -109,6 +113,7 @@ class CausalLM(Workload):
     kind: ClassVar[str] = "causal_lm"
     Config: ClassVar[type[BaseModel]] = CausalLMConfig
     quality_metrics: Mapping[str, bool] = {"kl": True, "ppl": True, "top1": False}
+    sequence_metrics: ClassVar[tuple[str, ...]] = ("kl", "ppl", "top1")
     timing_metrics: ClassVar[Mapping[str, str]] = {
         "prefill_ms": "ms for one batch of prompts",
         "decode_ms": "ms for one token of every sequence in the batch",
@@ -132,6 +137,9 @@ class CausalLM(Workload):
         trust = self.config.trust_remote_code
         tokenizer = checkpoint.load_tokenizer(source, trust_remote_code=trust)
         splits = self._splits(tokenizer)
+        if self.config.data.subset:
+            rows = read_subset(self.config.data.subset, self._facts(splits["proxy"]))
+            splits["proxy"] = splits["proxy"][rows]
         model = checkpoint.load_model(source, self.config.dtype, trust_remote_code=trust)
         self._check_lengths(model.config.get_text_config())
         _check_vocabulary(model, splits)
@@ -174,10 +182,15 @@ class CausalLM(Workload):
         tokens = splits[split]
         if not 0 <= n <= len(tokens):
             raise JobError(
-                f"{n} sequences asked of split {split!r}, which has {len(tokens)}: "
-                f"raise {self._size_key(split)}"
+                f"{n} sequences asked of split {split!r}, which has {len(tokens)}: {self._more(split)}"
             )
         return tokens[: n or len(tokens)]
+
+    def _more(self, split: str) -> str:
+        """How a job gets more sequences of ``split``."""
+        if split == "proxy" and self.config.data.subset:
+            return "choose a larger data.subset"
+        return f"raise {self._size_key(split)}"
 
     def _size_key(self, split: str) -> str:
         """The key of the job that says how many sequences ``split`` has."""
@@ -252,18 +265,43 @@ class CausalLM(Workload):
         return sum(t.numel() for t in built.state["splits"].values())
 
     def score(self, built: Built, fidelity: Fidelity) -> tuple[dict[str, Estimate], int]:
-        """``kl``, ``ppl`` and ``top1`` of the model as it is; see ``teacher.compare``.
+        """``kl``, ``ppl`` and ``top1`` of the model as it is; see ``teacher.summarize``.
 
         Raises:
             RuntimeError: see ``ensure_teacher``.
             FloatingPointError: the model gives NaN or infinity.
         """
-        from autocomp.workloads.teacher import compare
+        from autocomp.workloads.teacher import summarize
 
-        self.ensure_teacher(built, fidelity.split, fidelity.sequences)
-        tokens = self.inputs(built, fidelity.split, fidelity.sequences)
-        teacher = built.state["teachers"][fidelity.split]
-        return compare(built.model, tokens, teacher, vocabulary_size(built)), tokens.numel()
+        scores, tokens = self._scores(built, fidelity.split, fidelity.sequences)
+        return summarize(scores), tokens
+
+    def _scores(self, built: Built, split: str, sequences: int) -> tuple[Tensor, int]:
+        """``teacher.sequence_scores`` of the first sequences of a split, and their tokens."""
+        from autocomp.workloads.teacher import sequence_scores
+
+        self.ensure_teacher(built, split, sequences)
+        tokens = self.inputs(built, split, sequences)
+        teacher = built.state["teachers"][split]
+        return sequence_scores(built.model, tokens, teacher, vocabulary_size(built)), tokens.numel()
+
+    def sequence_values(self, built: Built) -> tuple[dict[str, list[float]], Facts]:
+        """See ``Workload.sequence_values``; ``ppl`` stands for its logarithm.
+
+        Raises:
+            JobError: the job scores a subset already.
+            RuntimeError, FloatingPointError: see ``score``.
+        """
+        if self.config.data.subset:
+            raise JobError(
+                "workload.data.subset is set: a subset is chosen from the whole proxy split; unset it"
+            )
+        scores, _ = self._scores(built, "proxy", 0)
+        values = dict(zip(self.sequence_metrics, scores.T.tolist(), strict=True))
+        return values, self._facts(built.state["splits"]["proxy"])
+
+    def _facts(self, pool: Tensor) -> Facts:
+        return pool_facts(pool.cpu().numpy(), self.config.data, self.seed)
 
     def divergence(self, built: Built, split: str, logits: Tensor, index: int) -> Tensor:
         """KL(uncompressed || ``logits``) summed over the tokens of sequence ``index``: a scalar, in nats,

@@ -113,3 +113,11 @@ class LongContextConfig(CausalLMConfig):
     """
 
     long: LongConfig = LongConfig()
+
+    @model_validator(mode="after")
+    def _no_subset(self) -> LongContextConfig:
+        if self.data.subset:
+            raise ValueError(
+                "data.subset is for causal_lm: long_context scores whole documents; leave it out"
+            )
+        return self

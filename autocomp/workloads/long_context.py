@@ -38,6 +38,7 @@ class LongContext(CausalLM):
 
     kind: ClassVar[str] = "long_context"
     Config: ClassVar[type[BaseModel]] = LongContextConfig
+    sequence_metrics: ClassVar[tuple[str, ...]] = ()  # a document counts at several lengths
     config: LongContextConfig
 
     def __init__(self, config: BaseModel, seed: int = 0) -> None:
