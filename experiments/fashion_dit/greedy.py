@@ -2,7 +2,7 @@
 
 Step by step and layer by layer, the first rule in a fixed order is taken whose whole-model error at that
 step, given all that was decided before, stays under ``theta * (layer + 1) / layers``. Writes one JSON line a
-threshold: the plan, its quality on the proxy split and its latency.
+threshold: the plan and the seconds that it took. ``summary.py attention`` measures the plans.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from autocomp.diffusion import attention
 from autocomp.diffusion.attention_plan import ImageAttentionPlan
-from autocomp.trial import Fidelity
 from autocomp.workloads.base import Built
 from autocomp.workloads.diffusion import Diffusion
 from autocomp.workloads.diffusion_teacher import Call, Trajectories
@@ -34,13 +33,8 @@ def workload_of(args: argparse.Namespace) -> Diffusion:
             {
                 "model": str(CHECKPOINTS / args.model),
                 "guidance": args.guidance,
-                "sampler": {"name": "ddim", "steps": args.steps},
-                "features": str(CHECKPOINTS / "classifier"),
-                "data": {
-                    "real": str(CHECKPOINTS / "real.npz"), "calibration": args.calibration,
-                    "proxy": args.images, "selection": args.images, "report": args.images,
-                },
-                "scenario": {"batch": args.batch, "threads": args.threads, "repeats": args.repeats},
+                "sampler": {"name": args.sampler, "steps": args.steps},
+                "data": {"calibration": args.calibration},
             }
         )
     )  # fmt: skip
@@ -99,51 +93,28 @@ def greedy(workload: Diffusion, built: Built, options: Sequence[str], theta: flo
     return rows
 
 
-def measured(workload: Diffusion, built: Built, rows: Rows) -> dict[str, Any]:
-    """Quality and latency of a plan."""
-    attention.remove(built.model)
-    built.changed.discard("attention")
-    level = Fidelity("proxy", "proxy", 0, timing=False)
-    workload.ensure_teacher(built, level.split, level.sequences)
-    attention.install(built.model, plan_of(rows))
-    built.changed.add("attention")
-    found = {**workload.score(built, level)[0], **workload.time(built)[0]}
-    attention.remove(built.model)
-    built.changed.discard("attention")
-    return {name: [estimate.value, estimate.stderr] for name, estimate in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="fine")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampler", default="dpmsolver++")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.2)
     parser.add_argument("--thetas", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2])
     parser.add_argument("--options", nargs="+", default=["reuse", "w12/cfg", "w12", "full/cfg"])
     parser.add_argument("--calibration", type=int, default=8)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "greedy.jsonl")
     args = parser.parse_args()
     workload = workload_of(args)
     built = workload.load("cpu")
-    full = {p.path: ["full"] * args.steps for p in built.site.image_attention}
     with args.out.open("w") as out:
-        for theta in [0.0, *args.thetas]:
+        for theta in args.thetas:
             started = time.perf_counter()
-            rows = greedy(workload, built, args.options, theta) if theta else full
-            record_ = {
-                "theta": theta, "seconds": time.perf_counter() - started, "rows": rows,
-                "counts": {label: sum(row.count(label) for row in rows.values())
-                           for label in ("full", *args.options)},
-                "metrics": measured(workload, built, rows),
-            }  # fmt: skip
-            out.write(json.dumps(record_) + "\n")
+            rows = greedy(workload, built, args.options, theta)
+            seconds = time.perf_counter() - started
+            out.write(json.dumps({"theta": theta, "seconds": seconds, "rows": rows}) + "\n")
             out.flush()
-            shown = {m: round(record_["metrics"][m][0], 5) for m in ("mse", "fd", "noise", "image_ms")}
-            print(f"theta {theta}: {record_['counts']}, {shown}, {record_['seconds']:.0f} s", flush=True)
+            labels = [label for row in rows.values() for label in row]
+            print(f"theta {theta}: {dict(Counter(labels))}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if [ ! -d checkpoints/small-snapshots ]; then
     $python train.py small --snapshots 12
     $python train.py fine
     $python train.py medium
+    $python train.py tiny
 fi
 $python prepare.py
 
@@ -37,21 +38,28 @@ $python predictor.py measure
 $python predictor.py compare
 
 $autocomp search joint.yaml --run-dir $runs/joint
-short=(-o workload.data.report=500 -o validation.report=2)
-$autocomp search joint.yaml "${short[@]}" -o budget.trials=60 --run-dir $runs/only-schedules \
+$autocomp search joint.yaml -o budget.trials=100 --run-dir $runs/only-schedules \
     -o 'space=[{schedules: {slots: 10, min_steps: 4, search: [time, order, corrector]}}]'
-$autocomp search joint.yaml "${short[@]}" -o budget.trials=25 --run-dir $runs/only-attention \
+$autocomp search joint.yaml -o budget.trials=40 --run-dir $runs/only-attention \
     -o 'space=[{diffusion_attention: {ranges: 2}}]'
-$autocomp search joint.yaml "${short[@]}" -o budget.trials=25 --run-dir $runs/only-weights \
+$autocomp search joint.yaml -o budget.trials=25 --run-dir $runs/only-weights \
     -o 'space=[{bitwidths: {options: [w4g64, w8g64a, w8g64, w16], granularity: block, method: mse}}]'
-$python summary.py joint --joint $runs/joint --schedules $runs/only-schedules --attention $runs/only-attention \
-    --weights $runs/only-weights
+$python summary.py fronts joint joint=$runs/joint schedules=$runs/only-schedules attention=$runs/only-attention \
+    weights=$runs/only-weights
 $python summary.py winner --run $runs/joint --select 'fd <= 3.4, min image_ms'
 
-$autocomp search attention.yaml -o workload.data.report=2000 --run-dir $runs/image-attention
-$python greedy.py --steps 10 --batch 2
+$autocomp search attention.yaml --run-dir $runs/image-attention
+$python greedy.py
 $python summary.py attention --run $runs/image-attention
 
 $python precision.py --images 5000 --steps 10
 $autocomp search checkpoints.yaml --run-dir $runs/checkpoints
+$python summary.py winner --run $runs/checkpoints --select 'min fd' --name checkpoints
 $autocomp search models.yaml --run-dir $runs/models
+found=()
+for name in '' tiny fine medium; do
+    $autocomp search models.yaml -o "space.0.schedules.models=['$name']" -o budget.trials=40 \
+        --run-dir $runs/model-${name:-small}
+    found+=(${name:-small}=$runs/model-${name:-small})
+done
+$python summary.py fronts models models=$runs/models "${found[@]}" --metrics fd image_ms

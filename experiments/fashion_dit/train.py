@@ -19,6 +19,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 #: name -> (patch, width, heads, layers, batch, steps)
 SIZES = {
+    "tiny": (4, 64, 2, 1, 128, 3000),
     "small": (4, 64, 2, 3, 128, 5000),
     "medium": (4, 128, 4, 4, 128, 1000),
     "fine": (2, 64, 2, 4, 64, 2000),
