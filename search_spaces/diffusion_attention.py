@@ -1,10 +1,11 @@
-"""What the self-attention of a diffusion transformer computes at which step: windows, reuse, shared halves.
+"""What the attention of a diffusion transformer computes at which step: windows, reuse, shared halves.
 
 Options are ``Rule`` labels (see ``autocomp.diffusion.attention_plan``): ``full``, ``w24`` (24 tokens to each
 side plus the residual of the last full step), ``w24x`` (without it), ``reuse`` (an earlier step's output),
-``full/cfg`` and ``w24/cfg`` (one half of a guided batch for both). Their costs add up only to first order:
-what ``w24`` or ``reuse`` does depends on how long ago the last full step was. The search measures what it
-proposes.
+``full/cfg`` and ``w24/cfg`` (one half of a guided batch for both). Where text and image are one sequence
+(SD3, Flux), the windows are among the image's tokens; the text's see all and are seen by all. Costs add up
+only to first order: what ``w24`` or ``reuse`` does depends on how long ago the last full step was. The search
+measures what it proposes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from autocomp.predictors.image_influence import Question
     from autocomp.workloads.base import Built
 
-#: Windows of the default options, to each side, as shares of the tokens.
+#: Windows of the default options, to each side, as shares of the image's tokens.
 WINDOW_SHARES = (1 / 16, 1 / 8)
 
 
@@ -34,9 +35,9 @@ class DiffusionAttentionConfig(BaseModel):
         ranges: into how many equal parts the steps are cut, each with choices of its own; ``step`` for one a
             step of the workload's own schedule (not together with a search of schedules).
         granularity: what decides by itself: each ``layer`` or each ``head``.
-        options: rules on offer; by default ``full``, ``reuse``, windows of 1/16 and 1/8 of the tokens to each
-            side, and in guided steps ``full`` and the windows with shared halves, too. ``full`` is always
-            on offer.
+        options: rules on offer; by default ``full``, ``reuse``, windows of 1/16 and 1/8 of the image's tokens
+            to each side, and in guided steps ``full`` and the windows with shared halves, too. ``full`` is
+            always on offer.
         layers: attention modules that are searched, by parts of their paths; all by default.
     """
 
@@ -92,7 +93,7 @@ class DiffusionAttention(Space):
     def _parts(self, site: ModelSite) -> list[Part]:
         parts = list(site.image_attention)
         if not parts or not site.steps:
-            reason = site.lacking.get("image_attention", "it has no self-attention over an image's tokens")
+            reason = site.lacking.get("image_attention", "it has no attention over an image's tokens")
             raise SpaceError(f"the diffusion_attention space can't take this {site.family} model: {reason}")
         wanted = self.config.layers
         unknown = [text for text in wanted if not any(text in p.path for p in parts)]
@@ -125,26 +126,26 @@ class DiffusionAttention(Space):
                 " workload's steps are not guided; leave them out"
             )
         rules = {label: Rule.parse(label) for label in (*labels, FULL.label)}
-        return sorted(rules, key=lambda label: (_work(rules[label], tokens), label))
+        return sorted(rules, key=lambda label: (_work(rules[label], part), label))
 
     def neutral(self, decision: Decision) -> Value:
         return FULL.label
 
     def resources(self, site: ModelSite, decision: Decision, option: Value, device: str) -> Resources:
-        """``attention_share``: pairs of queries and keys that are looked at, as a share of what the model
-        looks at in all its steps."""
+        """``attention_share``: pairs of queries and keys that are looked at, as a share of what the model's
+        modules of this kind look at in all steps."""
         from autocomp.measure.image_attention_table import ImageAttentionOperation, window_backend
 
         rule, part = Rule.parse(str(option)), site.part(decision.sites[0])
-        heads, dim, tokens = part.shape
+        heads, dim = part.shape[:2]
         steps = _steps(_range(decision), self._ranges(site), site.steps)
         own = [FULL if step == 0 else rule for step in steps]  # the first step is full, whatever is chosen
         share = 1.0 if self.config.granularity == "layer" else 1 / heads
-        whole = site.steps * len(site.image_attention)
-        metrics = {"attention_share": share * sum(_work(r, tokens) for r in own) / whole}
+        module = _pairs(part) / sum(map(_pairs, site.image_attention))
+        metrics = {"attention_share": share * module * sum(_work(r, part) for r in own) / site.steps}
         ops: dict[str, float] = {}
         for r in own:
-            key = ImageAttentionOperation(tokens, heads, dim, heads * dim, r).key
+            key = ImageAttentionOperation.of(part, r).key
             ops[key] = ops.get(key, 0.0) + share / site.steps
         executes, reason = "torch", ""
         if rule.kind == "window":
@@ -210,12 +211,18 @@ def _head(decision: Decision) -> int:
     return int(text) if text else 0
 
 
-def _work(rule: Rule, tokens: int) -> float:
-    """Share of the full attention's pairs of tokens that a rule looks at."""
+def _pairs(part: Part) -> int:
+    """Pairs of queries and keys of a module's heads in full attention."""
+    return part.shape[0] * sum(part.shape[2:]) ** 2
+
+
+def _work(rule: Rule, part: Part) -> float:
+    """Share of the full attention's pairs of tokens that a rule looks at; those with a text's tokens stay."""
     if rule.kind == "reuse":
         return 0.0
     share = 1.0
     if rule.kind == "window":
-        w = min(rule.window, tokens - 1)
-        share = (tokens * (2 * w + 1) - w * (w + 1)) / tokens**2
+        image, every = part.shape[2], sum(part.shape[2:])
+        w = min(rule.window, image - 1)
+        share = 1 - (image**2 - image * (2 * w + 1) + w * (w + 1)) / every**2
     return share / 2 if rule.shared else share

@@ -15,7 +15,7 @@ from autocomp.diffusion.attention_plan import ImageAttentionPlan
 from autocomp.diffusion.schedule import uniform_schedule, uniform_times
 from autocomp.errors import SpaceError
 from autocomp.kernels.attention import attention_window_residual
-from autocomp.measure.op_table import parse_op_key, time_op
+from autocomp.measure.op_table import ImageAttentionOperation, parse_op_key, time_op
 from autocomp.search_spaces.base import ModelSite, Part, exact_tables
 from autocomp.search_spaces.diffusion_attention import DiffusionAttention, DiffusionAttentionConfig
 from autocomp.space import Candidate
@@ -150,8 +150,49 @@ def test_every_option_can_be_timed(rule: str) -> None:
     assert time_op(key, 2, torch.float32, repeats=3).median_ms > 0
 
 
+JOINT = ModelSite(
+    "sd3", (), 0, "f", itemsize=4, steps=4, guided=True,
+    image_attention=(
+        Part("a", "image_attention", (2, 8, 16, 4), 0, "a", "joint"),
+        Part("b", "image_attention", (2, 8, 16), 0, "b", "attention"),
+    ),
+)  # fmt: skip
+
+
+def test_a_joint_text_is_looked_at_in_full() -> None:
+    s = space(options=["reuse", "w2", "w15", "w99"], ranges=2)
+    joint, alone = (s.decisions(JOINT)[i] for i in (1, 3))
+    assert (joint.sites, alone.sites) == (("a",), ("b",))
+    assert space().decisions(JOINT)[0].options[1] == "w1/cfg", "shares of the image's tokens"
+    rows = {d.name: {o: s.resources(JOINT, d, o, "cpu") for o in d.options} for d in s.decisions(JOINT)}
+    # All pairs: 20 x 20 and 16 x 16 tokens. A window of 2 leaves 74 pairs of the image, the text's stay.
+    every, near = 20**2 + 16**2, 16 * 5 - 2 * 3
+    share = {o: found.metrics["attention_share"] for o, found in rows[joint.name].items()}
+    assert share["w2"] == pytest.approx(0.5 * (20**2 - 16**2 + near) / every)
+    assert share["w15"] == share["w99"] == share["full"] == pytest.approx(0.5 * 20**2 / every)
+    assert rows[alone.name]["w2"].metrics["attention_share"] == pytest.approx(0.5 * near / every)
+    table = exact_tables(JOINT, rows)["attention_share"]
+    assert table.total(Candidate.of({d.name: "full" for d in s.decisions(JOINT)})) == pytest.approx(1)
+    assert set(rows[joint.name]["w2"].ops) == {"image_attention/16+4x2x8x16/joint/w2"}
+    assert set(rows[alone.name]["w2"].ops) == {"image_attention/16x2x8x16/w2"}
+
+
+@pytest.mark.parametrize("form", ["joint", "flux", "flux_single"])
+@pytest.mark.parametrize("rule", ["full", "w2", "reuse", "full/cfg", "w2x/cfg"])
+def test_joint_attention_can_be_timed(form: str, rule: str) -> None:
+    key = f"image_attention/16+4x2x8x16/{form}/{rule}"
+    op = parse_op_key(key)
+    assert isinstance(op, ImageAttentionOperation)
+    assert (op.key, op.text, op.form, op.rule.label) == (key, 4, form, rule)
+    assert time_op(key, 2, torch.float32, repeats=3).median_ms > 0
+
+
 def test_keys_that_are_none() -> None:
-    for wrong in ("image_attention/16x2x8/full", "image_attention/0x2x8x16/full"):
+    for wrong in (
+        "image_attention/16x2x8/full", "image_attention/0x2x8x16/full",
+        "image_attention/16+0x2x8x16/joint/w2",
+        "image_attention/16+4x2x8x16/w2", "image_attention/16x2x8x16/flux/w2",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="image_attention/196x2x32x64"):
             parse_op_key(wrong)
     with pytest.raises(SpaceError, match="no attention rule"):
