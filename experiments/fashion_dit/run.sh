@@ -46,7 +46,7 @@ $autocomp search joint.yaml -o budget.trials=25 --run-dir $runs/only-weights \
     -o 'space=[{bitwidths: {options: [w4g64, w8g64a, w8g64, w16], granularity: block, method: mse}}]'
 $python summary.py fronts joint joint=$runs/joint schedules=$runs/only-schedules attention=$runs/only-attention \
     weights=$runs/only-weights
-$python summary.py winner --run $runs/joint --select 'fd <= 3.4, min image_ms'
+$python summary.py winner --run $runs/joint --select 'fd <= 4, min image_ms'
 
 $autocomp search attention.yaml --run-dir $runs/image-attention
 $python greedy.py

@@ -2,7 +2,7 @@
 
 python summary.py fronts joint joint=RUN schedules=RUN attention=RUN weights=RUN
 python summary.py attention --run RUN --greedy results/greedy.jsonl
-python summary.py winner --run RUN --select "fd <= 3.4, min image_ms"
+python summary.py winner --run RUN --select "fd <= 4, min image_ms"
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def volumes(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[s
 
 def draw(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], out: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(4.5 * (len(metrics) - 1), 4), layout="constrained")
     sides = np.ravel(figure.subplots(1, len(metrics) - 1, sharey=True))
@@ -131,6 +132,10 @@ def draw(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], out: Path) -
                 s=60 if name == "uncompressed" else 30,
             )  # fmt: skip
         axes.set(xlabel=LABELS.get(metric, metric), xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     sides[0].set_ylabel(LABELS[metrics[0]])
     sides[0].legend()
     figure.savefig(out, dpi=130)
