@@ -69,7 +69,7 @@ def attention_influence(
     denoiser: Denoiser, batches: Sequence[Sequence[Call]], questions: Sequence[Question], *, seed: int = 0
 ) -> Rows:
     """Power that each option alone adds to the model's output, as a share of the output's power: an estimate
-    of the metric ``noise`` of that single change.
+    of the metric ``noise`` of that single change. Of guided steps it is the output after guidance.
 
     Args:
         denoiser: the uncompressed model.
@@ -106,7 +106,7 @@ def _batch(
     power = torch.zeros(images, dtype=torch.float64)
     for call in calls:
         seen, gradients, output = _probed(denoiser, call, layers, generator)
-        power += _by_image(output.double().square().flatten(1).sum(1), images)
+        power += output.double().square().flatten(1).sum(1).cpu()
         for path, layer in layers.items():
             mine = [q for q in questions if q.path == path]
             _one_layer(layer, mine, call, seen[path], gradients[path], sums, images)
@@ -137,7 +137,7 @@ def _probed(
             # clone: recorded tensors may be of inference mode, which autograd refuses
             x = call.x.clone().requires_grad_()
             conditions = {name: value.clone() for name, value in call.conditions.items()}
-            output = denoiser(x, call.model_time, conditions)
+            output = call.state.combined(denoiser(x, call.model_time, conditions))
             gradients: dict[str, list[Tensor]] = {path: [] for path in layers}
             for i in range(PROBES):
                 signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
@@ -175,7 +175,7 @@ def _one_layer(
                 changes[key] = [(g * change).double().sum((2, 3)) for g in gradients]  # [batch, heads] each
             for found in changes[key]:
                 part = found.sum(1) if q.head is None else found[:, q.head]
-                sums[q.name, option].add_(_by_image(part.square(), images), alpha=1 / len(gradients))
+                sums[q.name, option].add_(_by_image(part, images).square(), alpha=1 / len(gradients))
     for ranges in {q.ranges for q in questions}:
         ends = step + 1 < total and range_of(step + 1, total, ranges) != range_of(step, total, ranges)
         if step == 0 or ends:  # what the options of the next range go back to

@@ -75,9 +75,7 @@ class Sampler:
             output = denoiser(inputs, self._times[i], given)
             if observe is not None:
                 observe(denoiser.state, inputs, self._times[i], given, output)
-            if guided:
-                aimed, free = output.chunk(2)
-                output = free + self.guidance * (aimed - free)
+            output = denoiser.state.combined(output)
             sums.append(output.sum(dtype=torch.float32))
             x = history.move(self._moves[i], x, output)
         if not x.isfinite().all():
@@ -104,7 +102,7 @@ class Sampler:
     def _enter(self, state: SamplingState, index: int, guided: bool) -> None:
         step = self.schedule.steps[index]
         state.index, state.time, state.total = index, step.time, len(self.schedule)
-        state.guided, state.model = guided, step.model
+        state.guided, state.scale, state.model = guided, self.guidance, step.model
 
     def _blame(self, sums: list[Tensor]) -> str:
         bad = next((i for i, s in enumerate(sums) if not math.isfinite(s.item())), None)

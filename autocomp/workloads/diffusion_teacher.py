@@ -103,7 +103,9 @@ class Trajectories:
     def noise(self, denoiser: Denoiser, images: int = 0) -> Estimate:
         """Noise power that the model as it is adds to its output, as a share of the output's own power:
         ``sum |y' - y|^2 / sum |y|^2`` over all calls of the first ``images`` images (0: all), each with the
-        input that the uncompressed model had then. ``-10 log10`` of it is the SQNR in dB.
+        input that the uncompressed model had then. ``-10 log10`` of it is the SQNR in dB. The output of a
+        guided step is what guidance makes of its halves: an error of the unconditional one counts by
+        ``(scale - 1)^2``, next to nothing at small scales.
 
         The calls of a batch are made in the order of steps, so that what a model keeps from step to step is
         what it would keep while sampling.
@@ -129,13 +131,12 @@ def replay(denoiser: Denoiser, calls: Sequence[Call], images: int) -> tuple[Tens
     with torch.inference_mode():
         for call in calls:
             state.index, state.time, state.total = call.state.index, call.state.time, call.state.total
-            state.guided, state.model = call.state.guided, call.state.model
-            output = denoiser(call.x, call.model_time, call.conditions)
-            for row, values in enumerate((output - call.output, call.output)):
-                power = values.double().square().flatten(1).sum(1).cpu()
-                halves = power.chunk(2) if call.state.guided else (power,)
-                for half in halves:
-                    total[row] += half[:images]
+            state.guided, state.scale = call.state.guided, call.state.scale
+            state.model = call.state.model
+            output = state.combined(denoiser(call.x, call.model_time, call.conditions))
+            recorded = state.combined(call.output)
+            for row, values in enumerate((output - recorded, recorded)):
+                total[row] += values.double().square().flatten(1).sum(1).cpu()[:images]
     return total[0], total[1]
 
 

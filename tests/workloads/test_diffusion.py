@@ -266,8 +266,13 @@ def test_noise_is_the_error_of_outputs_on_the_uncompressed_models_way(make: Make
     workload.sampler(built)(workload.noise(built, "calibration", range(5)), conditions, see)
     workload.ensure_teacher(built, "proxy")
     compress(built, "w3g64")
+
+    def guided(output: Any) -> Any:
+        aimed, free = output.chunk(2)
+        return free + workload.config.guidance * (aimed - free)
+
     with torch.no_grad():
-        pairs = [(own(x, time, given), output) for x, time, given, output in calls]
+        pairs = [(guided(own(x, time, given)), guided(output)) for x, time, given, output in calls]
     above = sum(float((new - old).square().sum()) for new, old in pairs)
     below = sum(float(old.square().sum()) for _, old in pairs)
     found = workload.score(built, PROXY)[0]["noise"]
