@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, Self
 
@@ -23,6 +24,17 @@ ENOUGH = 8
 """Fewer trials than this grow no model: the prior answers alone."""
 
 
+def learnable(
+    trials: Sequence[Trial], metric: str, encoder: SequenceEncoder, table: AdditiveTable | None
+) -> list[Trial]:
+    """Trials that have the metric and lie in the encoder's space, with a finite total where there is a table;
+    in an order of their own, so that theirs makes no difference."""
+    used = [t for t in usable_trials(trials, metric) if encoder.knows(t.candidate)]
+    if table is not None:
+        used = [t for t in used if math.isfinite(table.total(t.candidate))]
+    return sorted(used, key=lambda t: (t.candidate.fingerprint, t.value(metric)))
+
+
 class Members(Protocol):
     """Several regressors of one target.
 
@@ -39,7 +51,7 @@ class Members(Protocol):
         ...
 
 
-class AroundPrior:
+class AroundPrior(ABC):
     """Learns what a table misses (or the metric itself) with an ensemble; errors give the uncertainty.
 
     Half of the error on left-out trials is taken to be everywhere, half follows the members' spread; then
@@ -76,13 +88,13 @@ class AroundPrior:
         self._log, self._center, self._spread = False, 0.0, 1.0
         self._error, self._doubt, self.cross_validated = 1.0, 1.0, math.nan
 
+    @abstractmethod
     def features(self, candidates: Sequence[Candidate]) -> Floats:
         """What the ensemble sees, ``[n, f]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grow(self, features: Floats, target: Floats) -> Members:
         """An ensemble for ``target [n]``."""
-        raise NotImplementedError
 
     def fit(self, trials: Sequence[Trial]) -> Self:
         """Forget what was learned and learn from ``trials``; failed, NaN and foreign ones are ignored.
@@ -90,10 +102,8 @@ class AroundPrior:
         The result depends on the set of trials and the seed, not on their order.
         """
         self._reset()
-        used = [t for t in usable_trials(trials, self.metric) if self.encoder.knows(t.candidate)]
-        used.sort(key=lambda t: (t.candidate.fingerprint, t.value(self.metric)))
+        used = learnable(trials, self.metric, self.encoder, self.table)
         if self._base is not None:
-            used = [t for t in used if np.isfinite(self._base.table.total(t.candidate))]
             self._base.fit(used)
         if not used:
             return self

@@ -15,7 +15,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.predictors.additive import AdditivePredictor, usable_trials
+from autocomp.predictors.additive import AdditivePredictor
+from autocomp.predictors.around import learnable
 from autocomp.predictors.audit import rank_correlations
 from autocomp.predictors.base import Prediction, log_normal
 from autocomp.predictors.ranking_net import Networks, Training, train
@@ -73,10 +74,8 @@ class RankingPredictor:
         The result depends on the set of trials and the seed, not on their order.
         """
         self._reset()
-        used = [t for t in usable_trials(trials, self.metric) if self.encoder.knows(t.candidate)]
-        used.sort(key=lambda t: (t.candidate.fingerprint, t.value(self.metric)))
+        used = learnable(trials, self.metric, self.encoder, self.table)
         if self._base is not None:
-            used = [t for t in used if math.isfinite(self._base.table.total(t.candidate))]
             self._base.fit(used)
         if not used:
             return self
