@@ -22,6 +22,7 @@ from autocomp.repair import moving_groups
 from autocomp.searchers.base import Problem
 from autocomp.searchers.common import admissible, seen_fingerprints
 from autocomp.searchers.random import RandomSearcher, draw
+from autocomp.searchers.rows import RowChanges
 from autocomp.space import Candidate, Choice, Interval, Ordered, SearchSpace, Value
 from autocomp.trial import Trial
 
@@ -33,6 +34,8 @@ an order and a sum that both parents keep, the child keeps."""
 BEYOND = 0.25
 BLOCKS = 0.5
 """Share of the other crossovers in which whole blocks are inherited."""
+ROWS = 0.25
+"""Share of children that have a change of a whole row (``rows.py``) and no mutation, where there are rows."""
 NEAR = 0.5
 """Share of the mutations of a float in an ordered row whose step is ``NEAR_STEP`` of the distance to its
 nearest neighbour: timesteps crowd towards the image, where the usual step would throw them about."""
@@ -133,6 +136,7 @@ class Breeder:
         groups = moving_groups(space)
         self.groups = [g for g in groups if _varies(space.by_name[g[0]].domain)] or groups
         self.blocks = self._blocks()
+        self.row_changes = RowChanges(space, self.groups)
         self.rows = {n: c.names for c in space.constraints if isinstance(c, Ordered) for n in c.names}
         self.floats = [n for g in self.groups for n in g if isinstance(space.by_name[n].domain, Interval)]
 
@@ -157,6 +161,8 @@ class Breeder:
                 for names in self.blocks if rng.random() < BLOCKS else self.groups:
                     if rng.random() < 0.5:
                         values.update((n, second[n]) for n in names)
+        if self.row_changes and rng.random() < ROWS and self.row_changes.change(values, rng):
+            return self.space.repair(values, rng)
         return self.mutate(values, rng)
 
     def _blend(self, values: dict[str, Value], second: Candidate, rng: np.random.Generator) -> None:

@@ -8,8 +8,10 @@ candidate, costs are estimated anew at front points, and allocation goes on from
 by expected hypervolume improvement, and a batch is picked one by one as if the picks before had been
 measured. With one objective there is no front to cover: see ``descent``.
 
-Without tables (sampling schedules, merged checkpoints) the pool is a few children of the evolution searcher,
-of which the predictor picks: with a predictor that knows nothing it is that searcher.
+Without tables (sampling schedules, merged checkpoints) the pool is a few children of the evolution searcher
+of which the predictor picks: with a predictor that knows nothing it is that searcher. With several objectives
+the first candidates, and some of every pool, are random ones: nothing says which part of the front the
+baselines are near to.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from autocomp.predictors.base import Prediction, Predictor
 from autocomp.predictors.choose import BestOf, make_predictor
 from autocomp.predictors.residual import ResidualPredictor
 from autocomp.searchers.acquisition import Scene, pick_batch
-from autocomp.searchers.base import Problem
+from autocomp.searchers.base import Problem, Searcher
 from autocomp.searchers.common import admissible, seen_fingerprints, spread_order
 from autocomp.searchers.descent import Descent
 from autocomp.searchers.evolution import Breeder, EvolutionSearcher, select
@@ -42,6 +44,7 @@ from autocomp.searchers.ilp import (
     side_mixes,
 )
 from autocomp.searchers.local import blended
+from autocomp.searchers.random import RandomSearcher, draw
 from autocomp.space import AdditiveTable, Candidate
 from autocomp.trial import Trial
 
@@ -89,11 +92,13 @@ class HybridSearcher:
         self.additive = not IlpSearcher.unsupported(problem)
         self.descent = Descent(problem, rounds=profiles) if Descent.suits(problem) and profiles else None
         self.starter: IlpSearcher | EvolutionSearcher
+        self.opening: Searcher
         if self.additive:
-            self.starter = IlpSearcher(problem, points=points, gap=gap, time_limit=time_limit)
+            self.opening = self.starter = IlpSearcher(problem, points=points, gap=gap, time_limit=time_limit)
         else:
             self.starter = EvolutionSearcher(problem)
             self.breeder = self.starter.breeder
+            self.opening = RandomSearcher(problem) if len(problem.objectives) > 1 else self.starter
         self.pool = pool or (200 if self.additive else 64 if problem.traits else 24)
 
     @staticmethod
@@ -113,7 +118,7 @@ class HybridSearcher:
         usable = [t for t in history if is_feasible(t, self.problem.objectives)]
         own = _own(usable)
         if len(own) < self.first or len(usable) < 2:
-            return self.starter.ask(n, history, pending)
+            return self.opening.ask(n, history, pending)
         rng = self.problem.rng(len(history) + len(pending))
         models = self._fit(history)
         pool = self._pool(models, history, seen_fingerprints(history, pending), rng)
@@ -191,6 +196,8 @@ class HybridSearcher:
         if self.additive:
             planned = [*self._planned(models, rng), *self._allocated(models, parents, rng)]
             planned += self._around_profiles(models)
+        elif self.opening is not self.starter:
+            bred += [draw(self.problem.space, rng, []) for _ in range(self.pool // 2)]
         fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
         return [c for c in fresh.values() if admissible(self.problem, c)]
 

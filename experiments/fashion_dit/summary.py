@@ -109,7 +109,7 @@ def volumes(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[s
     shares = {n: hypervolume(p, corner) / size for n, p in losses.items()}
     shares["all but the first"] = hypervolume(np.concatenate([losses[n] for n in others]), corner) / size
     ours = losses[first]
-    beaten = {n: sum(bool(np.any(np.all(ours <= p, axis=1))) for p in q) for n, q in losses.items()}
+    beaten = {n: sum(bool(np.any(np.all(ours <= p, axis=1))) for p in losses[n]) for n in others}
     sizes = {n: len(p) for n, p in losses.items()}
     print(f"| search | points | dominated by {first} | share of the box |\n|---|---:|---:|---:|")
     for name, share in shares.items():
