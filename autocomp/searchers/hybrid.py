@@ -50,6 +50,9 @@ from autocomp.trial import Trial
 
 Floats = NDArray[np.float64]
 
+TRUSTED = 30.0
+"""How much the pool grows for a predictor that ranks left-out trials without error."""
+
 
 class HybridSearcher:
     """ILP and predictors where the problem has additive tables, predictor-guided evolution where not.
@@ -57,8 +60,9 @@ class HybridSearcher:
     Args:
         points: bounds of an ILP sweep.
         first: successful trials of its own before learning starts; they cover the tables' front.
-        pool: mutated candidates that are scored at each ask. 0: 200, and 24 where there are no tables: the
-            best of a few good children, for of many the predictor would pick its own errors.
+        pool: mutated candidates that are scored at each ask. 0: 200; where there are no tables 64 with traits
+            and 24 without, and there up to ``1 + TRUSTED`` times as many, with the cube of Kendall's tau of
+            left-out trials. Of many children a poor predictor would pick its own errors.
         local: share of the decisions that an allocation near a measured point may change.
         kind: of predictor: ``additive``, ``ridge``, ``gp``, ``trees``, ``boosted``, ``ranking`` or ``best``
             (see ``make_predictor``); by default ``trees`` where candidates have traits, ``gp`` where there
@@ -100,6 +104,7 @@ class HybridSearcher:
             self.breeder = self.starter.breeder
             self.opening = RandomSearcher(problem) if len(problem.objectives) > 1 else self.starter
         self.pool = pool or (200 if self.additive else 64 if problem.traits else 24)
+        self.grows = not (pool or self.additive or problem.traits)
 
     @staticmethod
     def unsupported(problem: Problem) -> list[str]:
@@ -191,13 +196,14 @@ class HybridSearcher:
     ) -> list[Candidate]:
         count = 32 if isinstance(self.starter, IlpSearcher) else self.starter.population
         parents = select(history, self.problem.objectives, self.problem.constraints, count)
-        bred = [self.breeder.child([p.candidate for p in parents], rng) for _ in range(self.pool)]
+        size = round(self.pool * (1.0 + TRUSTED * _trust(models) ** 3)) if self.grows else self.pool
+        bred = [self.breeder.child([p.candidate for p in parents], rng) for _ in range(size)]
         planned: list[Candidate] = []
         if self.additive:
             planned = [*self._planned(models, rng), *self._allocated(models, parents, rng)]
             planned += self._around_profiles(models)
         elif self.opening is not self.starter:
-            bred += [draw(self.problem.space, rng, []) for _ in range(self.pool // 2)]
+            bred += [draw(self.problem.space, rng, []) for _ in range(size // 2)]
         fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
         return [c for c in fresh.values() if admissible(self.problem, c)]
 
@@ -298,6 +304,12 @@ def _default_kind(problem: Problem) -> str:
     if problem.traits is not None:
         return "trees"
     return "ridge" if problem.space.is_categorical else "gp"
+
+
+def _trust(models: Mapping[str, Predictor]) -> float:
+    """The least Kendall's tau of left-out trials, 0 to 1, of the predictors that say one."""
+    taus = [float(t) for m in models.values() if (t := getattr(m, "cross_validated", None)) is not None]
+    return min((max(0.0, t) if math.isfinite(t) else 0.0 for t in taus), default=0.0)
 
 
 def _own(trials: Iterable[Trial]) -> list[Trial]:
