@@ -28,6 +28,8 @@ Floats = NDArray[np.float64]
 
 ENOUGH = 8
 """Fewer trials than this train no network: the prior answers alone."""
+LONGEST = 512
+"""Of more slots than this no network is trained: it would take minutes, and few trials say little of so many."""
 
 
 class RankingPredictor:
@@ -84,7 +86,7 @@ class RankingPredictor:
         y = np.log(values) if self._log else values
         self._center, spread = float(y.mean()), float(y.std())
         self._unit = spread or 0.1 * abs(self._center) or 1.0
-        if len(used) >= ENOUGH and spread > 0:
+        if len(used) >= ENOUGH and spread > 0 and len(self.encoder.blocks) <= LONGEST:
             noise = np.nan_to_num([t.stderr(self.metric) for t in used]) / (values if self._log else 1.0)
             self._train([t.candidate for t in used], (y - self._center) / self._unit, noise / self._unit)
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ Traits = Callable[[Candidate], Sequence[float]]
 
 WAVES = (1.0, 2.0, 4.0)
 """Half periods over an interval's range of its sine and cosine features."""
+SPARSEST = 4
+"""Slots times kinds are at most so many times the decisions in slots; else kinds are taken by their place."""
 _EDGE = 0.02
 """Keeps the logit of a clock finite at both ends of its range."""
 
@@ -92,16 +95,13 @@ class SequenceEncoder:
         self._encoder = Encoder(space, None)
         ordered = sorted(space.decisions, key=lambda d: d.name)
         self.blocks = sorted({d.block for d in ordered if d.block is not None})
-        self._kinds: dict[str, _Kind] = {}
-        self._single: list[tuple[int, Decision]] = []
-        for column, decision in enumerate(ordered):
-            if decision.block is None:
-                self._single.append((column, decision))
-                continue
-            # A slot may decide one kind twice (two layers of one block): then the name keeps them apart.
-            kind = self._kinds.setdefault(self._free_kind(decision), _Kind())
-            slot = self.blocks.index(decision.block)
-            kind.decisions[slot], kind.columns[slot] = decision, column
+        columns = list(enumerate(ordered))
+        self._single = [(column, d) for column, d in columns if d.block is None]
+        blocked = [(column, d) for column, d in columns if d.block is not None]
+        self._kinds = self._grouped(blocked, kind_name)
+        # Names that say nothing of a common kind would need a column each, at every slot.
+        if len(self._kinds) * len(self.blocks) > SPARSEST * len(blocked):
+            self._kinds = self._grouped(blocked, lambda d: d.space)
         named = {n for c in space.constraints if isinstance(c, Ordered) for n in c.names}
         kinds = self._kinds.items()
         self._clocks = [name for name, kind in kinds if {d.name for d in kind.decisions.values()} & named]
@@ -118,12 +118,21 @@ class SequenceEncoder:
         points = [d.low for d in domains if isinstance(d, Interval) and d.low == d.high]
         return len(points) == len(self.blocks) and all(b < a for a, b in pairwise(points))
 
-    def _free_kind(self, decision: Decision) -> str:
-        name, domain = kind_name(decision), type(decision.domain).__name__
-        slot, turn = self.blocks.index(decision.block or 0), 0
-        while slot in self._kinds.get(f"{name}|{domain}|{turn}", _Kind()).decisions:
-            turn += 1
-        return f"{name}|{domain}|{turn}"
+    def _grouped(
+        self, blocked: Sequence[tuple[int, Decision]], name: Callable[[Decision], str]
+    ) -> dict[str, _Kind]:
+        """Decisions (with their columns) of the same name and type; what a slot has twice (two layers of one
+        block) is told apart by its turn."""
+        slots = {block: i for i, block in enumerate(self.blocks)}
+        turns: Counter[tuple[str, int]] = Counter()
+        kinds: dict[str, _Kind] = {}
+        for column, decision in blocked:
+            domain, slot = decision.domain, slots[decision.block or 0]
+            known = f"{name(decision)}|{type(domain).__name__}|{getattr(domain, 'ordered', False)}"
+            kind = kinds.setdefault(f"{known}|{turns[known, slot]}", _Kind())
+            turns[known, slot] += 1
+            kind.decisions[slot], kind.columns[slot] = decision, column
+        return kinds
 
     def __call__(self, candidates: Sequence[Candidate]) -> Sequences:
         """Encode; raises ``SpaceError`` for a candidate that is not of the space."""

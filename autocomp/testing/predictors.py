@@ -27,9 +27,11 @@ SIGMA = 0.02
 """Relative noise of the toy measurements."""
 
 
-def toy_trials(n: int, seed: int = 0, factor: float = 3.0) -> tuple[AdditiveTable, SearchSpace, list[Trial]]:
+def toy_trials(
+    n: int, seed: int = 0, factor: float = 3.0, decisions: int = 10
+) -> tuple[AdditiveTable, SearchSpace, list[Trial]]:
     """A table, its space and ``n`` trials whose ``kl`` is ``factor`` times the total, plus noise."""
-    problem = toy_problem(10, budget=None, seed=seed)
+    problem = toy_problem(decisions, budget=None, seed=seed)
     rng = np.random.default_rng(seed + 1)
     table = problem.tables["kl"]
     trials = []
@@ -92,6 +94,12 @@ def check_nothing_to_decide(factory: Factory) -> None:
     fixed = SearchSpace(tuple(replace(d, domain=Choice((d.options[0],), True)) for d in space.decisions))
     only = [replace(t, candidate=fixed.sample(np.random.default_rng(0))) for t in trials]
     _check_sound(_predict(factory("kl", table, fixed).fit(only), only), 20)
+
+
+def check_large(factory: Factory, decisions: int = 10_000) -> None:
+    """Ten thousand decisions and few trials: a sound answer, and no array of decisions by decisions."""
+    table, space, trials = toy_trials(24, decisions=decisions)
+    _check_sound(_predict(factory("kl", table, space).fit(trials[:16]), trials), 24)
 
 
 def check_determinism(factory: Factory) -> None:

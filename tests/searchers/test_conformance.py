@@ -8,7 +8,7 @@ import pytest
 
 from autocomp.registry import SEARCHERS
 from autocomp.searchers.base import Problem, Searcher
-from autocomp.testing.searchers import CHECKS, Check, check_large
+from autocomp.testing.searchers import CHECKS, Check
 
 OPTIONS: dict[str, dict[str, object]] = {
     "random": {},
@@ -44,7 +44,3 @@ def test_tpe_passes_too() -> None:
     tpe = partial(SEARCHERS.get("optuna"), sampler="TPESampler", sampler_options={"n_startup_trials": 4})
     for name in ("determinism", "constraints", "resume", "failures", "floats", "pending"):
         CHECKS[name](tpe)
-
-
-def test_ilp_takes_ten_thousand_decisions() -> None:
-    check_large(partial(SEARCHERS.get("ilp"), points=2, gap=0.01), decisions=10_000, seconds=60.0)
