@@ -47,10 +47,14 @@ def curve(record: Mapping[str, Any], points: Sequence[int]) -> list[float]:
     return [record["volume"].get(str(n), record["final"] if n > record["measured"] else 0.0) for n in points]
 
 
-def sampled(runs: Runs) -> list[int]:
-    """Points that every run has passed, or would have, had it not stopped early; the shortest budget ends."""
-    last = min(r["trials"] for records in runs.values() for r in records)
-    return [n for n in POINTS if n <= last]
+def budget_of(*several: Sequence[Mapping[str, Any]]) -> int:
+    """The least number of trials that a run of these searchers was given."""
+    return min(int(r["trials"]) for records in several for r in records)
+
+
+def sampled(*several: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Points that every run of these has passed, or would have, had it not stopped early."""
+    return [n for n in POINTS if n <= budget_of(*several)]
 
 
 def shown(value: float, budget: int) -> str:
@@ -87,14 +91,14 @@ def floor_of(bench: BenchProblem, level: float = 0.95) -> float:
 
 def behind_random(runs: Runs, name: str = "hybrid") -> list[int]:
     """Numbers of trials at which a searcher's median lies below random's."""
-    points = sampled(runs)
+    points = sampled(runs[name], runs["random"])
     ours, random = (np.median([curve(r, points) for r in runs[n]], axis=0) for n in (name, "random"))
     return [n for n, a, b in zip(points, ours, random, strict=True) if a < b - 1e-9]
 
 
 def row_of(problem: str, runs: Runs, level: float) -> list[str]:
     """One line of a summary."""
-    budget = min(r["trials"] for records in runs.values() for r in records)
+    budget = budget_of(runs["hybrid"])
     hybrid = trials_to(runs["hybrid"], level)
     others = {n: trials_to(r, level) for n, r in runs.items() if n not in OURS}
     best = min(others, key=lambda n: others[n])
@@ -104,8 +108,8 @@ def row_of(problem: str, runs: Runs, level: float) -> list[str]:
         problem,
         shown(hybrid, budget),
         f"{LABELS[best]}: {shown(others[best], budget)}" if math.isfinite(others[best]) else "none",
-        ratio(hybrid, others.get("nsga2", math.nan), budget) if "nsga2" in others else "–",
-        ratio(hybrid, others[best], budget),
+        ratio(hybrid, others["nsga2"], budget_of(runs["nsga2"])) if "nsga2" in others else "–",
+        ratio(hybrid, others[best], budget_of(runs[best])),
         "–" if math.isnan(floor) else f"{floor:.0f}",
         "–" if worse is None else ("never" if not worse else f"at {', '.join(map(str, worse))}"),
     ]
@@ -116,7 +120,7 @@ def detail(problem: str, runs: Runs) -> list[str]:
     lines = ["| searcher | seeds | to 90 % | to 95 % | to 99 % | final | CPU s a run | slowest ask, s |"]
     lines.append("|" + "---|" * 8)
     for name, records in runs.items():
-        budget = min(r["trials"] for r in records)
+        budget = budget_of(records)
         reached = [shown(trials_to(records, level), budget) for level in (0.9, 0.95, 0.99)]
         final = statistics.median(r["final"] for r in records)
         cpu = statistics.median(r["cpu_s"] for r in records)
@@ -133,11 +137,12 @@ def plot(problem: str, runs: Runs) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = sampled(runs)
+    points = sampled(*[runs[n] for n in runs if n == "hybrid"] or list(runs.values()))
     figure, axes = plt.subplots(figsize=(8.5, 4.5))
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for i, (name, records) in enumerate(runs.items()):
-        start = [n for n in points if n >= len(PROBLEMS[problem](0).problem.baselines)]
+        least = len(PROBLEMS[problem](0).problem.baselines)
+        start = [n for n in sampled(records) if least <= n <= points[-1]]
         rows = np.array([curve(r, start) for r in records])
         low, middle, high = np.quantile(rows, [0.25, 0.5, 0.75], axis=0)
         colour = "black" if name == "hybrid" else colours[i]
