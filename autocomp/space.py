@@ -46,14 +46,20 @@ class Choice:
         if len(set(map(repr, self.options))) != len(self.options):
             raise SpaceError(f"options must differ from each other; got {list(self.options)}")
 
+    @cached_property
+    def _places(self) -> dict[tuple[type, Value], int]:
+        return {(type(o), o): i for i, o in enumerate(self.options)}  # True is not 1
+
     def contains(self, value: Value) -> bool:
-        return any(value == o and type(value) is type(o) for o in self.options)
+        try:
+            return (type(value), value) in self._places
+        except TypeError:  # a list from someone's JSON can't be hashed
+            return False
 
     def index(self, value: Value) -> int:
-        for i, option in enumerate(self.options):
-            if value == option and type(value) is type(option):
-                return i
-        raise SpaceError(f"{value!r} is not one of {list(self.options)}")
+        if not self.contains(value):
+            raise SpaceError(f"{value!r} is not one of {list(self.options)}")
+        return self._places[type(value), value]
 
     def sample(self, rng: np.random.Generator) -> Value:
         return self.options[int(rng.integers(len(self.options)))]

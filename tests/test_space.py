@@ -49,6 +49,7 @@ def sizes(n: int) -> AdditiveTable:
 
 def test_domains() -> None:
     assert Choice((1, 2)).contains(1) and not Choice((1, 2)).contains(True)
+    assert not Choice((1, 2)).contains([1])  # type: ignore[arg-type]
     assert Choice(("a", None)).index(None) == 1
     with pytest.raises(SpaceError, match="not one of"):
         Choice((1, 2)).index(3)

@@ -79,7 +79,10 @@ class Groups:
         flat: list[float] = []
         for names, options in zip(self.names, self.options, strict=True):
             rows = [table.costs[n] for n in names if n in table.costs]
-            flat.extend(math.fsum(row.get(o, math.nan) for row in rows) for o in options)
+            if len(rows) == 1:
+                flat += [rows[0].get(o, math.nan) for o in options]
+            else:
+                flat += [math.fsum(row.get(o, math.nan) for row in rows) for o in options]
         return np.array(flat, dtype=np.float64)
 
     def candidate(self, positions: Ints) -> Candidate:
