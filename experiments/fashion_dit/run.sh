@@ -52,7 +52,7 @@ $autocomp search attention.yaml --run-dir $runs/image-attention
 $python greedy.py
 $python summary.py attention --run $runs/image-attention
 
-$python precision.py --images 5000 --steps 10
+$python precision.py --images 5000 --steps 10 --front 0
 $autocomp search checkpoints.yaml --run-dir $runs/checkpoints
 $python summary.py winner --run $runs/checkpoints --select 'min fd' --name checkpoints
 $autocomp search models.yaml --run-dir $runs/models
