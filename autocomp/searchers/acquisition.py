@@ -67,10 +67,13 @@ def pick_batch(scene: Scene, n: int, rng: np.random.Generator) -> list[int]:
 
 
 def _box(front: Floats, mean: Floats) -> tuple[Floats, Floats]:
-    """Corners of the volume: a little beyond the front and the optimistic part of the pool."""
+    """Corners of the volume: a little beyond the measured front and the one that the pool promises, whose
+    ends may lie beyond all that was measured."""
     finite = mean[np.isfinite(mean).all(axis=1)]
-    best = np.minimum(front.min(axis=0), finite.min(axis=0)) if len(finite) else front.min(axis=0)
-    worst = front.max(axis=0)
+    best, worst = front.min(axis=0), front.max(axis=0)
+    if len(finite):
+        promised = finite[non_dominated(finite)]
+        best, worst = np.minimum(best, promised.min(axis=0)), np.maximum(worst, promised.max(axis=0))
     width = np.where(worst > best, worst - best, np.maximum(np.abs(worst), 1e-12))
     return np.where(
         best > 0, np.maximum(best - 0.1 * width, 0.8 * best), best - 0.1 * width

@@ -1,9 +1,9 @@
 """Solve, measure the top few, refit, solve again: the default searcher.
 
-The first batch is the front that the additive tables predict. From then on every ask fits residual
-predictors to the history and pools candidates from three sources: the predicted front of the corrected
-tables, allocations near measured front points under corrected and sampled tables (a trust region: what
-was learned holds where it was measured), and mutated front points. Where the study can profile around a
+The first trials are points of the front that the additive tables predict. From then on every ask fits
+residual predictors to the history and pools candidates from three sources: the predicted front of the
+corrected tables, allocations near measured front points under corrected and sampled tables (a trust region:
+what was learned holds where it was measured), and mutated front points. Where the study can profile around a
 candidate, costs are estimated anew at front points, and allocation goes on from there. The pool is ranked
 by expected hypervolume improvement, and a batch is picked one by one as if the picks before had been
 measured. With one objective there is no front to cover: see ``descent``.
@@ -122,11 +122,12 @@ class HybridSearcher:
             return self.descent.ask(history, pending)[:n]
         usable = [t for t in history if is_feasible(t, self.problem.objectives)]
         own = _own(usable)
-        if len(own) < self.first or len(usable) < 2:
+        opening = len(own) < self.first
+        if len(usable) < 2 or (opening and not self.additive):
             return self.opening.ask(n, history, pending)
         rng = self.problem.rng(len(history) + len(pending))
-        models = self._fit(history)
-        pool = self._pool(models, history, seen_fingerprints(history, pending), rng)
+        models, seen = self._fit(history), seen_fingerprints(history, pending)
+        pool = self._front(models, seen, rng) if opening else self._pool(models, history, seen, rng)
         chosen = self._choose(n, pool, models, usable, pending, rng)
         if len(chosen) < n:
             chosen += self.starter.ask(n - len(chosen), history, [*pending, *chosen])
@@ -205,6 +206,13 @@ class HybridSearcher:
         elif self.opening is not self.starter:
             bred += [draw(self.problem.space, rng, []) for _ in range(size // 2)]
         fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
+        return [c for c in fresh.values() if admissible(self.problem, c)]
+
+    def _front(
+        self, models: Mapping[str, Predictor], seen: set[str], rng: np.random.Generator
+    ) -> list[Candidate]:
+        """Of the predicted front what was not asked for: the first trials are to cover all of it."""
+        fresh = {c.fingerprint: c for c in self._planned(models, rng) if c.fingerprint not in seen}
         return [c for c in fresh.values() if admissible(self.problem, c)]
 
     def _planned(self, models: Mapping[str, Predictor], rng: np.random.Generator) -> list[Candidate]:
