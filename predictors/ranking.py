@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 ENOUGH = 8
 """Fewer trials than this train no network: the prior answers alone."""
 LONGEST = 512
-"""Of more slots than this no network is trained: it would take minutes, and few trials say little of so many."""
+"""Of more slots than this no network is trained: minutes, for what few trials can say of so many."""
 
 
 class RankingPredictor:
