@@ -126,8 +126,10 @@ class HybridSearcher:
         if len(usable) < 2 or (opening and not self.additive):
             return self.opening.ask(n, history, pending)
         rng = self.problem.rng(len(history) + len(pending))
-        models, seen = self._fit(history), seen_fingerprints(history, pending)
-        pool = self._front(models, seen, rng) if opening else self._pool(models, history, seen, rng)
+        models = self._fit(history)
+        # The first trials are to cover all of the predicted front.
+        found = self._planned(models, rng) if opening else self._pool(models, history, rng)
+        pool = self._fresh(found, seen_fingerprints(history, pending))
         chosen = self._choose(n, pool, models, usable, pending, rng)
         if len(chosen) < n:
             chosen += self.starter.ask(n - len(chosen), history, [*pending, *chosen])
@@ -192,7 +194,6 @@ class HybridSearcher:
         self,
         models: Mapping[str, Predictor],
         history: Sequence[Trial],
-        seen: set[str],
         rng: np.random.Generator,
     ) -> list[Candidate]:
         count = 32 if isinstance(self.starter, IlpSearcher) else self.starter.population
@@ -205,14 +206,11 @@ class HybridSearcher:
             planned += self._around_profiles(models)
         elif self.opening is not self.starter:
             bred += [draw(self.problem.space, rng, []) for _ in range(size // 2)]
-        fresh = {c.fingerprint: c for c in [*planned, *bred] if c.fingerprint not in seen}
-        return [c for c in fresh.values() if admissible(self.problem, c)]
+        return [*planned, *bred]
 
-    def _front(
-        self, models: Mapping[str, Predictor], seen: set[str], rng: np.random.Generator
-    ) -> list[Candidate]:
-        """Of the predicted front what was not asked for: the first trials are to cover all of it."""
-        fresh = {c.fingerprint: c for c in self._planned(models, rng) if c.fingerprint not in seen}
+    def _fresh(self, candidates: Iterable[Candidate], seen: set[str]) -> list[Candidate]:
+        """Each candidate once that was not asked for and keeps to what is known before measuring."""
+        fresh = {c.fingerprint: c for c in candidates if c.fingerprint not in seen}
         return [c for c in fresh.values() if admissible(self.problem, c)]
 
     def _planned(self, models: Mapping[str, Predictor], rng: np.random.Generator) -> list[Candidate]:

@@ -6,7 +6,7 @@ both lie many bad candidates away. So some children have, in place of a few muta
 - a row of floats read at another number of points, with what stands beside each (ten steps, then eight),
 - a row of floats bent by a power towards one of its ends (Karras et al., arXiv 2206.00364, equation 5, space
   their noise levels by such a power),
-- one option, or one step up or down, for the same decision of neighbouring blocks.
+- one option, or one step up or down, for the same decision of neighbouring blocks (in spaces with such rows).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row:
     Attributes:
         names: of the floats, in order.
         beside: other decisions of each float's block.
-        low, high: bounds that all of the floats share.
+        low, high: bounds that all of the floats share, ``low < high``.
         least: slots that can't be switched off; the first ones of the row.
     """
 
@@ -47,7 +47,7 @@ class Row:
     def bent(self, values: dict[str, Value], rng: np.random.Generator) -> bool:
         """Bend the row by a power; whether it changed."""
         used = [n for n in self.names if values[n] is not None]
-        if not used or self.low >= self.high:
+        if not used:
             return False
         power = float(np.exp(BEND * rng.standard_normal()))
         share = (np.array([float(values[n] or 0.0) for n in used]) - self.low) / (self.high - self.low)
