@@ -15,7 +15,7 @@ from autocomp.pareto import hypervolume
 from autocomp.profile import ProfileResult
 from autocomp.recorded import Recording
 from autocomp.space import Candidate
-from autocomp.testing.fakes import OPTIONS, FakeWorker
+from autocomp.testing.fakes import LOSS, OPTIONS, FakeWorker
 from autocomp.testing.searchers import CHECKS
 from autocomp.trial import Estimate, Fidelity, Measurement, Trial
 
@@ -238,23 +238,28 @@ def test_a_run_counts_trials_and_volume():
     assert "refused" in run.run("mixed", "ilp", 0, 24)
 
 
-def test_a_recording_is_a_problem_with_an_exact_front(tmp_path):
-    from recorded_table import recorded_problem
-
-    worker = FakeWorker(3)
-    description = Description.from_json(worker.describe())
+def recording_of(worker: FakeWorker, every: list[dict[str, str]]) -> Recording:
+    """What the worker measures of these candidates."""
     level = {"name": "proxy", "split": "proxy", "sequences": 0, "timing": True}
     trials = {}
-    for i, values in enumerate(product(OPTIONS, repeat=3)):
-        candidate = Candidate.of(dict(zip(worker.names, values)))
+    for i, values in enumerate(every):
+        candidate = Candidate.of(values)
         found = dict(worker.measure(candidate.to_json(), level))
         metrics = {m: Estimate(**e) for m, e in found.pop("metrics").items()}
         trial = Trial(i, candidate, Fidelity(**level), "exhaustive", Measurement(metrics, **found))
         trials["proxy", candidate.fingerprint] = trial
     request = {"kind": "sensitivity:fisher", "shard": 0, "shards": 1}
-    Recording(description, trials, (ProfileResult.from_json(worker.profile(request)),)).save(
-        tmp_path / "fake.json.gz"
-    )
+    profile = ProfileResult.from_json(worker.profile(request))
+    return Recording(Description.from_json(worker.describe()), trials, (profile,))
+
+
+def test_a_recording_is_a_problem_with_an_exact_front(tmp_path):
+    from recorded_table import recorded_problem
+
+    worker = FakeWorker(3)
+    recording = recording_of(worker, [dict(zip(worker.names, v)) for v in product(OPTIONS, repeat=3)])
+    recording.save(tmp_path / "fake.json.gz")
+    description, trials = recording.description, recording.trials
     bench = recorded_problem(tmp_path / "fake.json.gz", seed=1, objectives=("min kl", "min memory_mb"))
     every = [t.candidate for t in trials.values()]
     assert bench.volume(np.array([bench.truth(c) for c in every])) == pytest.approx(1.0)
@@ -267,3 +272,46 @@ def test_a_recording_is_a_problem_with_an_exact_front(tmp_path):
     assert bench.measure(foreign, rng).kind == "unmeasured"
     with pytest.raises(ValueError, match="no measured trial at 'report'"):
         recorded_problem(tmp_path / "fake.json.gz", level="report")
+
+
+def test_a_recording_with_gaps_is_continued_by_a_regression(tmp_path, monkeypatch):
+    import reference
+    import surrogate
+    from recorded_table import loaded
+
+    worker = FakeWorker(6)
+    rng = np.random.default_rng(0)
+    some = [dict(zip(worker.names, rng.choice(OPTIONS[:3], 6).tolist())) for _ in range(150)]
+    (tmp_path / "fake").mkdir()
+    path = tmp_path / "fake" / "table.json.gz"
+    recording_of(worker, some).save(path)
+    objectives = ("min kl", "min memory_mb")
+    monkeypatch.setattr(reference, "MODELLED", {"fake": objectives})
+    monkeypatch.setattr(reference, "REFERENCES", tmp_path / "references.json")
+    monkeypatch.setattr(surrogate, "stored_reference", lambda name, seed: found)
+    found = reference.modelled_reference("fake", quiet=2)
+    bench = surrogate.surrogate_problem(path, 3, name="fake", objectives=objectives)
+
+    # What was measured is known, what was not is close to it, and memory is exact.
+    for values in (some[0], dict(zip(worker.names, ["w4g64", "w8"] * 3))):
+        candidate = Candidate.of(values)
+        kl = sum(worker.weight(i) * LOSS[o] for i, o in enumerate(values.values()))
+        assert bench.truth(candidate)[0] == pytest.approx(kl, rel=0.1)
+        assert bench.truth(candidate)[1] == bench.problem.tables["memory_mb"].total(candidate)
+        measured = bench.measure(candidate, rng)
+        assert measured["kl"].value == pytest.approx(bench.truth(candidate)[0], rel=0.2)
+        assert measured["memory_mb"].stderr == 0.0
+    every = [Candidate.of(dict(zip(worker.names, v))) for v in product(OPTIONS[:3], repeat=6)]
+    truth, _ = surrogate.truth_of(path, bench.problem.objectives)
+    assert np.allclose(truth.losses(every[:5]), [bench.truth(c) for c in every[:5]])
+    assert bench.volume(truth.losses(every)) < 1.0 + 2e-3  # the local search found it all
+    assert surrogate.held_out(bench.problem.space, loaded(path).at("proxy"), "kl")["tau"] > 0.9
+
+
+def test_a_regression_refuses_what_it_can_not_code():
+    import surrogate
+
+    from autocomp.space import Decision, Interval, SearchSpace
+
+    with pytest.raises(ValueError, match="only categorical"):
+        surrogate.choices(SearchSpace((Decision("x", Interval(0.0, 1.0)),)))

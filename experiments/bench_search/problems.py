@@ -16,11 +16,17 @@ from merging import mixed_problem
 from recorded_table import recorded_problem
 from standard import standard_problem
 from steps import schedule_problem
+from surrogate import surrogate_problem
 
 __all__ = ["BenchProblem", "PROBLEMS"]
 
+HERE = Path(__file__).parent
+
 RECORDED: Mapping[str, tuple[str, ...]] = {"lm": ("min kl", "min decode_ms", "min memory_mb")}
 """Recorded tables (``NAME/table.json.gz``) and what is searched in them, where the file is there."""
+
+MODELLED: Mapping[str, tuple[str, ...]] = {"smollm2": ("min kl", "min decode_ms", "min memory_mb")}
+"""The same for recordings that are not exhaustive: a regression answers (``surrogate.py``)."""
 
 PROBLEMS: Mapping[str, Callable[[int], BenchProblem]] = {
     "additive": partial(allocation_problem, "additive"),
@@ -32,8 +38,9 @@ PROBLEMS: Mapping[str, Callable[[int], BenchProblem]] = {
     "zdt3": partial(standard_problem, "zdt3"),
     "dtlz2": partial(standard_problem, "dtlz2"),
     **{
-        name: partial(recorded_problem, path, name=name, objectives=objectives)
-        for name, objectives in RECORDED.items()
-        if (path := Path(__file__).parent / name / "table.json.gz").exists()
+        name: partial(made, HERE / name / "table.json.gz", name=name, objectives=objectives)
+        for known, made in ((RECORDED, recorded_problem), (MODELLED, surrogate_problem))
+        for name, objectives in known.items()
+        if (HERE / name / "table.json.gz").exists()
     },
 }

@@ -54,7 +54,7 @@ def recorded_problem(
         ValueError: no trial of that fidelity has finite values of all objectives.
     """
     path = Path(path)
-    recording = _loaded(path)
+    recording = loaded(path)
     wanted = tuple(Objective.parse(o) for o in objectives)
     trials = {t.candidate.fingerprint: t for t in recording.at(level) if is_feasible(t, wanted)}
     if not trials:
@@ -74,7 +74,7 @@ def recorded_problem(
         trial = trials.get(candidate.fingerprint)
         return np.full(len(wanted), np.inf) if trial is None else np.array(loss_row(trial, wanted))
 
-    problem = _problem(recording, wanted, list(trials.values()), seed)
+    problem = problem_of(recording, wanted, list(trials.values()), seed)
     known = [c for c in problem.baselines if c.fingerprint in trials]
     corner, volume = judge(front, np.array([truth(c) for c in known]).reshape(-1, len(wanted)), log)
     name = name or path.name.partition(".")[0]
@@ -82,14 +82,15 @@ def recorded_problem(
 
 
 @lru_cache(maxsize=4)
-def _loaded(path: Path) -> Recording:
+def loaded(path: Path) -> Recording:
+    """The recording; read once. Raises ``RunError``."""
     return Recording.load(path)
 
 
-def _problem(
+def problem_of(
     recording: Recording, objectives: tuple[Objective, ...], trials: Sequence[Trial], seed: int
 ) -> Problem:
-    """As a study makes it from the description and the profiles."""
+    """A searcher's problem as a study makes it from the description and the profiles."""
     description = recording.description
     plan = make_plan(description, objectives, ())
     tables: dict[str, AdditiveTable] = {}

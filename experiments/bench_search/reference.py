@@ -9,6 +9,9 @@ the convex hulls, one hull for each number of 2-bit groups; single changes of th
 objectives the prices also prove a bound that no front can beat (Lagrangian duality; Everett, Operations
 Research 11, 1963); it is stored as ``upper``.
 
+*smollm2* and other names in ``problems.MODELLED``: from the best measured ones on, all changes of one
+decision and random ones of two, until none of them gets onto the front.
+
 *schedule*: times by quasi-Newton from several starts for each list of solvers, lists by local search, for
 each number of evaluations.
 """
@@ -26,13 +29,19 @@ import numpy as np
 from allocation import BITS, FIXED_MS, GROUPS, Allocation, group_units, instance_of, summed_groups
 from bench_problem import REFERENCES, Floats, judge, judged
 from numpy.typing import NDArray
+from problems import MODELLED
 from scipy.optimize import minimize
 from steps import GAP, LEAST, MODEL_ERROR, SLOTS, SOLVERS, evaluations, solve_errors
+from surrogate import choices, codes_of, logarithmic, truth_of, usable
 
+from autocomp.objective import Objective
 from autocomp.pareto import hypervolume, non_dominated
 
+ALLOCATIONS = ("interaction", "noisy")
 KEPT = 64
 """Points of a front that are stored, for plots and for what perfect knowledge could do."""
+MODELLED_KEPT = 400
+"""The same for three objectives that hardly bend."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +204,68 @@ def _upper_bound(
     return hypervolume(rows, corner)
 
 
-def thinned(losses: Floats, log: tuple[bool, ...]) -> Floats:
-    """At most ``KEPT`` rows, farthest point first from the best of each objective, in judged units."""
+def thinned(losses: Floats, log: tuple[bool, ...], kept: int = KEPT) -> Floats:
+    """At most ``kept`` rows, farthest point first from the best of each objective, in judged units."""
     from autocomp.searchers.common import spread_order
 
-    return losses[spread_order(judged(losses, log))[:KEPT]]
+    return losses[spread_order(judged(losses, log))[:kept]]
+
+
+# --- recordings that a regression continues ---------------------------------------------------------------
+
+
+def modelled_reference(name: str, *, kept: int = 400, pairs: int = 20_000, quiet: int = 3) -> dict[str, Any]:
+    """A front of the regression of a recording: local search from the measured candidates.
+
+    Args:
+        name: a key of ``problems.MODELLED``.
+        kept: points of the front whose neighbours are looked at in each round, other ones each time.
+        pairs: random changes of two decisions in each round.
+        quiet: rounds with a gain of hypervolume below a ten-thousandth after which the search ends.
+    """
+    objectives = tuple(Objective.parse(o) for o in MODELLED[name])
+    path = REFERENCES.parent / name / "table.json.gz"
+    truth, problem = truth_of(path, objectives)
+    rng = np.random.default_rng(0)
+    sizes = np.array([len(d.options) for d in choices(problem.space)])
+    codes = codes_of(problem.space, [t.candidate for t in usable(path, objectives)])
+    baselines = truth.losses(problem.baselines)
+    losses, volume, still = truth.at(codes), 0.0, 0
+    while still < quiet:
+        best = front_rows(losses)
+        codes, losses = codes[best], losses[best]
+        log = logarithmic(losses)
+        before, (corner, volume) = volume, judge(losses, baselines, log)
+        still = still + 1 if volume < before * (1 + 1e-4) else 0
+        print(f"{len(codes)} points, hypervolume {volume:.6f}", flush=True)
+        centers = codes[rng.permutation(len(codes))[:kept]]
+        new = np.vstack([_single_changes(centers, sizes), _double_changes(codes, sizes, pairs, rng)])
+        new = np.unique(new, axis=0)
+        codes, losses = np.vstack([codes, new]), np.vstack([losses, truth.at(new)])
+    front = thinned(losses[front_rows(losses)], log, MODELLED_KEPT)
+    return {"points": len(best), "corner": corner, "volume": volume, "front": front.tolist()}
+
+
+def _single_changes(codes: NDArray[np.intp], sizes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """All candidates that differ in one decision, ``[n, decisions]``."""
+    found = []
+    for j, size in enumerate(sizes):
+        for option in range(size):
+            changed = codes[codes[:, j] != option].copy()
+            changed[:, j] = option
+            found.append(changed)
+    return np.vstack(found)
+
+
+def _double_changes(
+    codes: NDArray[np.intp], sizes: NDArray[np.intp], count: int, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """``count`` random ones that differ in at most two decisions."""
+    found = codes[rng.integers(len(codes), size=count)].copy()
+    for _ in range(2):
+        at = rng.integers(len(sizes), size=count)
+        found[np.arange(count), at] = rng.integers(sizes[at])
+    return found
 
 
 # --- schedules --------------------------------------------------------------------------------------------
@@ -276,14 +342,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("problems", nargs="+", choices=("interaction", "noisy", "schedule"))
+    parser.add_argument("problems", nargs="+", choices=(*ALLOCATIONS, "schedule", *MODELLED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     for name, seed in product(given.problems, given.seeds):
-        if name == "schedule" and seed:
+        if name not in ALLOCATIONS and seed:
             continue  # one instance
         began = time.perf_counter()
-        found = schedule_reference(seed) if name == "schedule" else allocation_reference(name, seed)
+        if name in ALLOCATIONS:
+            found = allocation_reference(name, seed)
+        else:
+            found = schedule_reference(seed) if name == "schedule" else modelled_reference(name)
         known = json.loads(REFERENCES.read_text()) if REFERENCES.exists() else {}
         known.setdefault(name, {})[str(seed)] = _rounded(found)
         REFERENCES.write_text(json.dumps(known, sort_keys=True) + "\n")
