@@ -39,7 +39,7 @@ def repair_values(space: SearchSpace, values: Values, rng: np.random.Generator) 
         elif d.name not in values or not d.domain.contains(value):
             values[d.name] = d.domain.sample(rng)
     # Ties before distinctness: a decision may stand in both kinds.
-    ties = [Tied(names) for names in moving_groups(space) if len(names) > 1]
+    ties = [Tied(names) for names in tied_groups(space)]
     # Distinctness twice: where not all pieces combine, one constraint's repair may undo another's.
     for kind in (Slots, Ordered, SumTo, Tied, AtMostDistinct, Tied, AtMostDistinct):
         among: Sequence[SpaceConstraint] = ties if kind is Tied else space.constraints
@@ -176,7 +176,14 @@ _REPAIRS: dict[type, Callable[[Any, Values, np.random.Generator, SearchSpace], N
 
 
 def moving_groups(space: SearchSpace) -> list[tuple[str, ...]]:
-    """Names that must change together: tied groups (joined where they share a name), others alone."""
+    """Names that must change together: tied groups, others alone."""
+    groups = tied_groups(space)
+    tied = {n for g in groups for n in g}
+    return groups + [(d.name,) for d in space.decisions if d.name not in tied]
+
+
+def tied_groups(space: SearchSpace) -> list[tuple[str, ...]]:
+    """Names of the ``Tied`` constraints, joined where they share one."""
     joined: list[dict[str, None]] = []
     for c in space.constraints:
         if isinstance(c, Tied):
@@ -185,8 +192,7 @@ def moving_groups(space: SearchSpace) -> list[tuple[str, ...]]:
                 joined.remove(other)
                 group = {**other, **group}
             joined.append(group)
-    tied = {n for g in joined for n in g}
-    return [tuple(g) for g in joined if g] + [(d.name,) for d in space.decisions if d.name not in tied]
+    return [tuple(g) for g in joined if g]
 
 
 def _repair_budget(c: LinearBudget, values: Values, rng: np.random.Generator, space: SearchSpace) -> None:

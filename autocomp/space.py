@@ -177,7 +177,11 @@ class AdditiveTable:
         return 0.0 if table is None else table.get(option, math.nan)
 
     def total(self, candidate: Candidate) -> float:
-        return self.base + sum(self.cost(n, v) for n, v in candidate.items if n in self.costs)
+        total, costs = 0.0, self.costs
+        for name, option in candidate.items:
+            if (row := costs.get(name)) is not None:
+                total += row.get(option, math.nan)
+        return self.base + total
 
     def covers(self, space: SearchSpace) -> bool:
         """True when every option of every decision has a finite cost."""
@@ -369,14 +373,14 @@ class SearchSpace:
     def violations(self, candidate: Candidate) -> list[str]:
         """Why ``candidate`` is not in the space, in words; empty when it is."""
         values = candidate.values
-        missing = sorted(set(self.by_name) - set(values))
-        extra = sorted(set(values) - set(self.by_name))
+        missing = sorted(self.by_name.keys() - values.keys())
+        extra = sorted(values.keys() - self.by_name.keys())
         reasons = [f"no value for {missing[:3]}"] * bool(missing)
         reasons += [f"unknown decisions {extra[:3]}"] * bool(extra)
-        for name in values:
+        for name, value in values.items():
             decision = self.by_name.get(name)
-            if decision is not None and not decision.domain.contains(values[name]):
-                reasons.append(f"{name} = {values[name]!r} is not in {_domain_text(decision.domain)}")
+            if decision is not None and not decision.domain.contains(value):
+                reasons.append(f"{name} = {value!r} is not in {_domain_text(decision.domain)}")
         if not reasons:
             broken = [c for c in self.constraints if c.violation(values) > 0]
             reasons += [_constraint_text(c, values) for c in broken]
