@@ -1,10 +1,13 @@
-"""Which few sequences rank compressed language models as ten times as many do? FlashEval on SmolLM2.
+"""Which few sequences rank compressed language models as ten times as many do? FlashEval on language models.
 
-``measure`` runs ``autocomp proxy`` on ``proxy.yaml`` (continued in ``--run-dir`` when it was stopped) and
-keeps the KL of every candidate on every sequence in ``results/proxy_scores.json.gz``. ``table`` chooses
-subsets of a tenth and a twentieth on random halves of the candidates and writes to ``results/proxy.json``
-and to the screen how they rank the other halves: by both searches, against random sets, for all candidates
-and for those on the predicted front alone.
+    python proxy.py measure lm --candidates 120
+    python proxy.py table lm
+
+``measure`` runs ``autocomp proxy`` on ``NAME/proxy.yaml`` (continued in ``--run-dir`` when it was stopped) and
+keeps the KL of every candidate on every sequence in ``results/proxy_NAME.json.gz``. ``table`` chooses subsets
+of a tenth and a twentieth on random halves of the candidates and writes to ``results/proxy_NAME.json`` and to
+the screen how they rank the other halves: by both searches, against random sets, for all candidates and for
+those on the predicted front alone.
 """
 
 from __future__ import annotations
@@ -27,26 +30,27 @@ from autocomp.proxy import choose_proxy
 from autocomp.sequence_scores import SequenceScores
 
 HERE = Path(__file__).parent
-SCORES = HERE / "results" / "proxy_scores.json.gz"
+RESULTS = HERE / "results"
+NAMES = ("lm", "smollm2")
 SHARES = (10, 20)
 DRAWS = 200
 
 
 def measure(args: argparse.Namespace) -> None:
-    job = Job.from_yaml(HERE / "proxy.yaml", args.override)
-    chosen = choose_proxy(
-        job,
-        out=HERE / "results" / "proxy_subset.json",
-        candidates=args.candidates,
-        run_dir=args.run_dir,
-        say=print,
-    )
+    job = Job.from_yaml(HERE / args.name / "proxy.yaml", args.override)
+    run_dir = args.run_dir or Path("runs") / f"proxy-{args.name}"
+    out = RESULTS / f"proxy_{args.name}_subset.json"
+    chosen = choose_proxy(job, out=out, candidates=args.candidates, run_dir=run_dir, say=print)
     print(chosen.text())
-    keep(args.run_dir)
+    keep(run_dir, scores_of(args.name))
 
 
-def keep(run_dir: Path) -> None:
-    """The KL of a run's candidates on every sequence, to six digits, as ``results/proxy_scores.json.gz``."""
+def scores_of(name: str) -> Path:
+    return RESULTS / f"proxy_{name}.json.gz"
+
+
+def keep(run_dir: Path, path: Path) -> None:
+    """The KL of a run's candidates on every sequence, to six digits."""
     scores = SequenceScores.of(read_records(run_dir))
     kept = {
         "data": dict(scores.data),
@@ -54,15 +58,15 @@ def keep(run_dir: Path) -> None:
         "candidates": [c.to_json() for c in scores.candidates],
         "kl": [[float(f"{v:.6g}") for v in row] for row in scores.values["kl"]],
     }
-    SCORES.parent.mkdir(exist_ok=True)
-    SCORES.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
 
 
-def load() -> tuple[LogMeanScore, list[str]]:
+def load(path: Path) -> tuple[LogMeanScore, list[str]]:
     """The KL of each candidate on each sequence, and how the candidates came about."""
-    if not SCORES.is_file():
-        raise SystemExit(f"there is no {SCORES.name}: run `measure` first")
-    with gzip.open(SCORES, "rt") as file:
+    if not path.is_file():
+        raise SystemExit(f"there is no {path.name}: run `measure` first")
+    with gzip.open(path, "rt") as file:
         kept = json.load(file)
     return LogMeanScore(np.array(kept["kl"])), kept["origins"]
 
@@ -102,7 +106,7 @@ def held_out(score: LogMeanScore, size: int, half: int, margin: float) -> dict[s
 
 
 def table(args: argparse.Namespace) -> None:
-    score, origins = load()
+    score, origins = load(scores_of(args.name))
     kl = np.exp(score.full)
     print(f"{score.models} candidates, {score.samples} sequences, kl {kl.min():.3g} to {kl.max():.3g}")
     rows: list[dict[str, Any]] = []
@@ -123,7 +127,7 @@ def table(args: argparse.Namespace) -> None:
         "clear_pairs": clear,
         "rows": rows,
     }
-    (HERE / "results" / "proxy.json").write_text(json.dumps(data, indent=1) + "\n")
+    (RESULTS / f"proxy_{args.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     print(markdown(rows))
 
 
@@ -145,9 +149,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["measure", "table"])
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("-o", "--override", action="append", default=[], help="dotted override of the job")
     parser.add_argument("--candidates", type=int, default=24)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs") / "proxy")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/proxy-NAME")
     parser.add_argument("--halves", type=int, default=3, help="random halves of the candidates")
     parser.add_argument(
         "--margin", type=float, default=1.0, help="standard errors below which a pair is tied"

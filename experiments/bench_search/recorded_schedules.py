@@ -35,7 +35,7 @@ def _traits(model: str) -> Traits:
     """What is known of a schedule without measuring it, each candidate once."""
     config = json.loads((FOLDER / "checkpoints" / model / "scheduler" / "scheduler_config.json").read_text())
     space = Schedules(SchedulesConfig(slots=10, min_steps=4, search=list(FIELDS)))
-    site = ModelSite("dit", (), 0, "", models=("",), steps=20, scheduler=config)
+    site = ModelSite("dit", (), 0, "", models=("",), steps=20, scheduler=config, guided=True)
     known: dict[str, Any] = {}
 
     def traits(candidate: Candidate) -> list[float]:
