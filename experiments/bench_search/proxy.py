@@ -3,11 +3,11 @@
     python proxy.py measure lm --candidates 120
     python proxy.py table lm
 
-``measure`` runs ``autocomp proxy`` on ``NAME/proxy.yaml`` (continued in ``--run-dir`` when it was stopped) and
-keeps the KL of every candidate on every sequence in ``results/proxy_NAME.json.gz``. ``table`` chooses subsets
-of a tenth and a twentieth on random halves of the candidates and writes to ``results/proxy_NAME.json`` and to
-the screen how they rank the other halves: by both searches, against random sets, for all candidates and for
-those on the predicted front alone.
+``measure`` runs ``autocomp proxy`` on ``NAME/proxy.yaml`` (continued in ``--run-dir`` when it was stopped)
+and keeps the KL of every candidate on every sequence in ``results/proxy_NAME.json.gz``. ``table`` chooses
+subsets of a tenth and a twentieth on random halves of the candidates and writes to
+``results/proxy_NAME.json`` and to the screen how they rank the other halves: by both searches, against random
+sets, for all candidates and for those on the predicted front alone.
 """
 
 from __future__ import annotations

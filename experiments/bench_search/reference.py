@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from allocation import BITS, FIXED_MS, GROUPS, Allocation, group_units, instance_of, summed_groups
-from bench_problem import REFERENCES, Floats, judge, judged
+from bench_problem import REFERENCES, Floats, corner_of, judge, judged
 from numpy.typing import NDArray
 from problems import MODELLED
 from scipy.optimize import minimize
@@ -214,14 +214,19 @@ def thinned(losses: Floats, log: tuple[bool, ...], kept: int = KEPT) -> Floats:
 # --- recordings that a regression continues ---------------------------------------------------------------
 
 
-def modelled_reference(name: str, *, kept: int = 400, pairs: int = 20_000, quiet: int = 3) -> dict[str, Any]:
+def modelled_reference(
+    name: str, *, kept: int = 400, pairs: int = 20_000, enough: float = 3e-4, quiet: int = 2
+) -> dict[str, Any]:
     """A front of the regression of a recording: local search from the measured candidates.
 
     Args:
         name: a key of ``problems.MODELLED``.
         kept: points of the front whose neighbours are looked at in each round, other ones each time.
         pairs: random changes of two decisions in each round.
-        quiet: rounds with a gain of hypervolume below a ten-thousandth after which the search ends.
+        enough: relative gain of the hypervolume below which a round counts as quiet.
+        quiet: such rounds in a row after which the search ends.
+
+    The corner is that of the uniform candidates alone.
     """
     objectives = tuple(Objective.parse(o) for o in MODELLED[name])
     path = REFERENCES.parent / name / "table.json.gz"
@@ -230,13 +235,14 @@ def modelled_reference(name: str, *, kept: int = 400, pairs: int = 20_000, quiet
     sizes = np.array([len(d.options) for d in choices(problem.space)])
     codes = codes_of(problem.space, [t.candidate for t in usable(path, objectives)])
     baselines = truth.losses(problem.baselines)
+    log = logarithmic(baselines)
+    corner = corner_of(baselines, baselines, log)
     losses, volume, still = truth.at(codes), 0.0, 0
     while still < quiet:
         best = front_rows(losses)
         codes, losses = codes[best], losses[best]
-        log = logarithmic(losses)
-        before, (corner, volume) = volume, judge(losses, baselines, log)
-        still = still + 1 if volume < before * (1 + 1e-4) else 0
+        before, volume = volume, hypervolume(judged(losses, log), corner)
+        still = still + 1 if volume < before * (1 + enough) else 0
         print(f"{len(codes)} points, hypervolume {volume:.6f}", flush=True)
         centers = codes[rng.permutation(len(codes))[:kept]]
         new = np.vstack([_single_changes(centers, sizes), _double_changes(codes, sizes, pairs, rng)])

@@ -51,7 +51,7 @@ class Surrogate:
     Attributes:
         space: whose decisions are coded.
         model: a fitted Gaussian process of scikit-learn, on the metric's natural logarithm.
-        noise: standard deviation of a measurement, relative.
+        noise: standard deviation of what the process leaves unexplained, relative.
     """
 
     space: SearchSpace
@@ -73,7 +73,7 @@ class Surrogate:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
-        smooth = ConstantKernel(1.0, (1e-3, 1e3)) * RBF(3.0, (0.3, 100.0))
+        smooth = ConstantKernel(1.0, (1e-3, 1e3)) * RBF(5.0, (2.0, 100.0))
         linear = ConstantKernel(0.1, (1e-4, 1e3)) * DotProduct(1.0, (1e-2, 1e2))
         kernel = linear + smooth + WhiteKernel(1e-3, (1e-7, 1.0))
         rows = coded(space, codes)
@@ -157,8 +157,9 @@ def surrogate_problem(
 ) -> BenchProblem:
     """The problem that a recording was made of, with the tables that a study would give a searcher.
 
-    Timings carry the noise that the process found in them; the corner and the volume are those that
-    ``reference.py`` stored. An error of quality that another sample of sequences would show is not simulated.
+    Timings carry the noise that the process found in them. Quality is taken on the same sequences each time:
+    it carries the standard error that was recorded, and no noise. The corner and the volume are those that
+    ``reference.py`` stored.
 
     Args:
         path: what ``autocomp record`` wrote.
@@ -172,26 +173,27 @@ def surrogate_problem(
         KeyError: no reference is stored.
     """
     wanted = tuple(Objective.parse(o) for o in objectives)
-    truth, _ = truth_of(Path(path), wanted, level)
-    known = stored_reference(name, 0)
-    front = np.array(known["front"])
-    log = logarithmic(front)
+    recording, trials = loaded(Path(path)), usable(Path(path), wanted, level)
+    truth, problem = truth_of(Path(path), wanted, level)
+    known, log = stored_reference(name, 0), logarithmic(truth.losses(problem.baselines))
+    claimed = {m: float(np.median([t.stderr(m) / t.value(m) for t in trials])) for m in truth.surrogates}
 
     def measure(candidate: Candidate, rng: np.random.Generator) -> dict[str, Estimate]:
         found = {}
         for o, loss in zip(wanted, truth.losses([candidate])[0], strict=True):
             value = float(loss) if o.minimize else -float(loss)
-            model = truth.surrogates.get(o.metric)
-            found[o.metric] = noisy(value, model.noise, rng) if model else Estimate(value)
+            if o.metric in recording.description.timing:
+                found[o.metric] = noisy(value, truth.surrogates[o.metric].noise, rng)
+            else:
+                found[o.metric] = Estimate(value, value * claimed.get(o.metric, 0.0))
         return found
 
     def exact(candidate: Candidate) -> Floats:
         return truth.losses([candidate])[0]
 
-    told = problem_of(loaded(Path(path)), wanted, usable(Path(path), wanted, level), seed)
-    return BenchProblem(
-        name, told, measure, exact, tuple(known["corner"]), known["volume"], budget, log, False, front
-    )
+    told = problem_of(recording, wanted, trials, seed)
+    corner, front = tuple(known["corner"]), np.array(known["front"])
+    return BenchProblem(name, told, measure, exact, corner, known["volume"], budget, log, False, front)
 
 
 @lru_cache(maxsize=4)
@@ -211,7 +213,7 @@ def usable(path: Path, objectives: tuple[Objective, ...], level: str = PROXY.nam
 
 
 def logarithmic(front: Floats) -> tuple[bool, ...]:
-    """Objectives that span more than a decade on a front ``[points, objectives]``."""
+    """Objectives that span more than a decade among losses ``[points, objectives]``."""
     return tuple(bool(c.min() > 0 and c.max() > 10.0 * c.min()) for c in front.T)
 
 
