@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Some 1,600 measured configurations of SmolLM2's block bits: a third random, a third each by two searchers. About half
-# an hour on two cores. Needs the model (`make model` in the repository's root).
+# Some 1,600 measured configurations of SmolLM2's block bits: a third random, a third each by two searchers. Half
+# an hour to three quarters on two cores. Needs the model (`make model` in the repository's root).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 autocomp=../../.venv/bin/autocomp
