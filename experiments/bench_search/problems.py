@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RECORDED: Mapping[str, tuple[str, ...]] = {"lm": ("min kl", "min decode_ms", "min memory_mb")}
 """Recorded tables (``NAME/table.json.gz``) and what is searched in them, where the file is there."""
 
-MODELLED: Mapping[str, tuple[str, ...]] = {"smollm2": ("min kl", "min decode_ms", "min memory_mb")}
+MODELLED: Mapping[str, tuple[str, ...]] = {"smollm2": ("min kl", "min memory_mb")}
 """The same for recordings that are not exhaustive: a regression answers (``surrogate.py``)."""
 
 PROBLEMS: Mapping[str, Callable[[int], BenchProblem]] = {
