@@ -56,12 +56,12 @@ def recorded_problem(
     path = Path(path)
     recording = loaded(path)
     wanted = tuple(Objective.parse(o) for o in objectives)
-    trials = {t.candidate.fingerprint: t for t in recording.at(level) if is_feasible(t, wanted)}
+    trials = {t.candidate.fingerprint: t for t in usable(recording, wanted, level)}
     if not trials:
         raise ValueError(f"{path.name} has no measured trial at {level!r}; recorded: {recording.levels}")
     front = np.array([loss_row(t, wanted) for t in trials.values()])
     front = front[non_dominated(front)]
-    log = tuple(bool(c.min() > 0 and c.max() > DECADE * c.min()) for c in front.T)
+    log = logarithmic(front)
 
     def measure(candidate: Candidate, rng: np.random.Generator) -> dict[str, Estimate] | Failure:
         del rng  # the noise is in the recording
@@ -85,6 +85,16 @@ def recorded_problem(
 def loaded(path: Path) -> Recording:
     """The recording; read once. Raises ``RunError``."""
     return Recording.load(path)
+
+
+def usable(recording: Recording, objectives: tuple[Objective, ...], level: str = PROXY.name) -> list[Trial]:
+    """Measured trials of a fidelity with finite values of all objectives."""
+    return [t for t in recording.at(level) if is_feasible(t, objectives)]
+
+
+def logarithmic(losses: Floats) -> tuple[bool, ...]:
+    """Objectives that span more than a decade among ``losses [points, objectives]``."""
+    return tuple(bool(c.min() > 0 and c.max() > DECADE * c.min()) for c in losses.T)
 
 
 def problem_of(

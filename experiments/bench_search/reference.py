@@ -10,7 +10,7 @@ objectives the prices also prove a bound that no front can beat (Lagrangian dual
 Research 11, 1963); it is stored as ``upper``.
 
 *smollm2* and other names in ``problems.MODELLED``: from the best measured ones on, all changes of one
-decision and random ones of two, until none of them gets onto the front.
+decision and random ones of two, until they add next to nothing to the hypervolume.
 
 *schedule*: times by quasi-Newton from several starts for each list of solvers, lists by local search, for
 each number of evaluations.
@@ -30,9 +30,10 @@ from allocation import BITS, FIXED_MS, GROUPS, Allocation, group_units, instance
 from bench_problem import REFERENCES, Floats, corner_of, judge, judged
 from numpy.typing import NDArray
 from problems import MODELLED
+from recorded_table import loaded, logarithmic, usable
 from scipy.optimize import minimize
 from steps import GAP, LEAST, MODEL_ERROR, SLOTS, SOLVERS, evaluations, solve_errors
-from surrogate import choices, codes_of, logarithmic, truth_of, usable
+from surrogate import choices, codes_of, truth_of
 
 from autocomp.objective import Objective
 from autocomp.pareto import hypervolume, non_dominated
@@ -41,7 +42,7 @@ ALLOCATIONS = ("interaction", "noisy")
 KEPT = 64
 """Points of a front that are stored, for plots and for what perfect knowledge could do."""
 MODELLED_KEPT = 400
-"""The same for three objectives that hardly bend."""
+"""The same for the front of a regression."""
 
 
 @dataclass(frozen=True)
@@ -233,23 +234,25 @@ def modelled_reference(
     truth, problem = truth_of(path, objectives)
     rng = np.random.default_rng(0)
     sizes = np.array([len(d.options) for d in choices(problem.space)])
-    codes = codes_of(problem.space, [t.candidate for t in usable(path, objectives)])
+    codes = codes_of(problem.space, [t.candidate for t in usable(loaded(path), objectives)])
     baselines = truth.losses(problem.baselines)
     log = logarithmic(baselines)
     corner = corner_of(baselines, baselines, log)
     losses, volume, still = truth.at(codes), 0.0, 0
-    while still < quiet:
+    while True:
         best = front_rows(losses)
         codes, losses = codes[best], losses[best]
         before, volume = volume, hypervolume(judged(losses, log), corner)
         still = still + 1 if volume < before * (1 + enough) else 0
         print(f"{len(codes)} points, hypervolume {volume:.6f}", flush=True)
+        if still == quiet:
+            break
         centers = codes[rng.permutation(len(codes))[:kept]]
         new = np.vstack([_single_changes(centers, sizes), _double_changes(codes, sizes, pairs, rng)])
         new = np.unique(new, axis=0)
         codes, losses = np.vstack([codes, new]), np.vstack([losses, truth.at(new)])
-    front = thinned(losses[front_rows(losses)], log, MODELLED_KEPT)
-    return {"points": len(best), "corner": corner, "volume": volume, "front": front.tolist()}
+    front = thinned(losses, log, MODELLED_KEPT).tolist()
+    return {"points": len(losses), "corner": corner, "volume": volume, "front": front}
 
 
 def _single_changes(codes: NDArray[np.intp], sizes: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -17,7 +17,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 from bench_problem import BenchProblem, Floats, noisy, stored_reference
 from numpy.typing import NDArray
-from recorded_table import loaded, problem_of
+from recorded_table import loaded, logarithmic, problem_of, usable
 from scipy.stats import kendalltau
 
 from autocomp.history import PROXY
 from autocomp.objective import Objective
-from autocomp.pareto import is_feasible
 from autocomp.searchers.base import Problem
 from autocomp.space import AdditiveTable, Candidate, Choice, SearchSpace
 from autocomp.trial import Estimate, Trial
@@ -173,7 +172,8 @@ def surrogate_problem(
         KeyError: no reference is stored.
     """
     wanted = tuple(Objective.parse(o) for o in objectives)
-    recording, trials = loaded(Path(path)), usable(Path(path), wanted, level)
+    recording = loaded(Path(path))
+    trials = usable(recording, wanted, level)
     truth, problem = truth_of(Path(path), wanted, level)
     known, log = stored_reference(name, 0), logarithmic(truth.losses(problem.baselines))
     claimed = {m: float(np.median([t.stderr(m) / t.value(m) for t in trials])) for m in truth.surrogates}
@@ -191,30 +191,19 @@ def surrogate_problem(
     def exact(candidate: Candidate) -> Floats:
         return truth.losses([candidate])[0]
 
-    told = problem_of(recording, wanted, trials, seed)
-    corner, front = tuple(known["corner"]), np.array(known["front"])
+    told, corner, front = replace(problem, seed=seed), tuple(known["corner"]), np.array(known["front"])
     return BenchProblem(name, told, measure, exact, corner, known["volume"], budget, log, False, front)
 
 
 @lru_cache(maxsize=4)
 def truth_of(path: Path, objectives: tuple[Objective, ...], level: str = PROXY.name) -> tuple[Truth, Problem]:
     """What is true in a recording, and the problem for seed 0."""
-    trials = usable(path, objectives, level)
+    trials = usable(loaded(path), objectives, level)
     problem = problem_of(loaded(path), objectives, trials, 0)
     exact = {o.metric: t for o in objectives if (t := problem.tables.get(o.metric)) and t.exact}
     learned = [o.metric for o in objectives if o.metric not in exact]
     models = {m: Surrogate.of(problem.space, trials, m) for m in learned}
     return Truth(problem.space, objectives, models, exact), problem
-
-
-def usable(path: Path, objectives: tuple[Objective, ...], level: str = PROXY.name) -> list[Trial]:
-    """Measured trials of a fidelity with finite values of all objectives."""
-    return [t for t in loaded(path).at(level) if is_feasible(t, objectives)]
-
-
-def logarithmic(front: Floats) -> tuple[bool, ...]:
-    """Objectives that span more than a decade among losses ``[points, objectives]``."""
-    return tuple(bool(c.min() > 0 and c.max() > 10.0 * c.min()) for c in front.T)
 
 
 def held_out(space: SearchSpace, trials: Sequence[Trial], metric: str) -> dict[str, float]:
@@ -237,7 +226,7 @@ def main() -> None:
     given = parser.parse_args()
     objectives = tuple(Objective.parse(o) for o in MODELLED[given.name])
     path = HERE / given.name / "table.json.gz"
-    trials = usable(path, objectives)
+    trials = usable(loaded(path), objectives)
     truth, problem = truth_of(path, objectives)
     found: dict[str, Any] = {"trials": len(trials)}
     for metric, model in truth.surrogates.items():
