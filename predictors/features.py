@@ -269,6 +269,14 @@ class Encoder:
         blocks = [*columns, self.intervals(codes)]
         return np.hstack(blocks) / math.sqrt(max(len(self.space), 1))
 
+    @cached_property
+    def owners(self) -> Integers:
+        """Number of the decision that each coordinate of ``places`` is of, ``[p]``."""
+        widths = [(i, *self.layout.widths[i]) for i in self.layout.choices]
+        owners = [np.full(1 if ordered and size > 1 else size, i) for i, size, ordered in widths]
+        floats = [np.full(3, i) for i, x in enumerate(self.layout.intervals) if x is not None]
+        return np.concatenate([*owners, *floats, np.zeros(0)]).astype(np.intp)
+
 
 def _bumps(shares: Floats) -> Floats:
     """Height of each bump at each share, with a further axis."""

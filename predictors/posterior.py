@@ -9,22 +9,16 @@ float64 and in units of the regression target.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.intp]
 Kind = Literal["ridge", "gp"]
-
-FOLDS = 5
-"""Parts of the trials, each of which is predicted from the others."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,7 @@ class Scales:
         curve: of each bump of a curve (0: none).
         smooth: of the GP part (0: none).
         length: of the GP, as a share of differing decisions.
+        relevance: of each place for the GP, ``[q]``; ``None``: all alike.
     """
 
     effect: float = 0.3
@@ -44,6 +39,12 @@ class Scales:
     smooth: float = 0.0
     length: float = 0.5
     curve: float = 0.0
+    relevance: Floats | None = field(default=None, compare=False)
+
+    def gp(self, a: Inputs, b: Inputs) -> Floats:
+        """Covariance ``[n, m]`` of the GP part."""
+        at = 1.0 if self.relevance is None else self.relevance
+        return self.smooth**2 * smooth(at * a.places, at * b.places, self.length)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Dual:
         self.noise = scales.noise**2 + data.errors
         kernel = self.features @ self.features.T
         if scales.smooth:
-            kernel += scales.smooth**2 * smooth(data.inputs.places, data.inputs.places, scales.length)
+            kernel += scales.gp(data.inputs, data.inputs)
         kernel[np.diag_indices_from(kernel)] += self.noise
         self.factor = cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
         self.solved = cho_solve((self.factor, True), data.target, check_finite=False)
@@ -119,8 +120,7 @@ class Dual:
         own = inputs.whitened(self.scales)
         cross = own @ self.features.T
         if self.scales.smooth:
-            near = smooth(inputs.places, self.inputs.places, self.scales.length)
-            cross += self.scales.smooth**2 * near
+            cross += self.scales.gp(inputs, self.inputs)
         known = solve_triangular(self.factor, cross.T, lower=True, check_finite=False)
         prior = np.sum(own**2, axis=1) + self.scales.smooth**2
         return cross @ self.solved, prior - np.sum(known**2, axis=0)
@@ -138,7 +138,7 @@ class Dual:
         normal = rng.standard_normal(len(self.noise))
         if not self.scales.smooth:
             return np.asarray(np.sqrt(self.noise) * normal)
-        kernel = self.scales.smooth**2 * smooth(self.inputs.places, self.inputs.places, self.scales.length)
+        kernel = self.scales.gp(self.inputs, self.inputs)
         kernel[np.diag_indices_from(kernel)] += self.noise
         return np.asarray(cholesky(kernel, lower=True, check_finite=False) @ normal)
 
@@ -178,76 +178,3 @@ def smooth(a: Floats, b: Floats, length: float) -> Floats:
     """Squared-exponential kernel ``[n, m]`` of places ``[n, q]`` and ``[m, q]``."""
     squares = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None] - 2.0 * (a @ b.T)
     return np.asarray(np.exp(-np.maximum(squares, 0.0) / (2.0 * length**2)))
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Scales of the largest marginal likelihood, its logarithm, and predictions of left-out trials.
-
-    ``mean`` and ``std`` (of a measurement) ``[n]`` are of each fifth of the trials from the others.
-    """
-
-    scales: Scales
-    likelihood: float
-    mean: Floats
-    std: Floats
-
-
-def tune(data: Data, kind: Kind) -> Tuned:
-    """Search a small grid of scales; a mild prior pulls to the defaults. Of order ``n^3``."""
-    search = _Search(data)
-    lengths = [(0.0, 0.5)]
-    if kind == "gp":
-        lengths = [(0.03, 0.8), (0.1, 0.25), (0.1, 0.8), (0.4, 0.25), (0.4, 0.8)]
-    curves = (0.0, 0.5) if data.inputs.curves.shape[1] else (0.0,)
-    for (share, length), curve in product(lengths, curves):
-        search.try_all([0.03, 0.1, 0.2, 0.4], share, length, curve)
-    return Tuned(search.best, search.score, *_left_out(search.kernel, data.target))
-
-
-class _Search:
-    """The best scales so far, and their kernel with the noise."""
-
-    def __init__(self, data: Data) -> None:
-        self.data, self.best, self.score = data, Scales(), -math.inf
-        inputs = data.inputs
-        self.line, self.effects, self.curves = (x @ x.T for x in (inputs.line, inputs.effects, inputs.curves))
-        self.kernel = self.line
-
-    def try_all(self, effects: Sequence[float], share: float, length: float, curve: float) -> None:
-        """Every noise with these effects, at one shape."""
-        rough, places = self.line + curve**2 * self.curves, self.data.inputs.places
-        if share:
-            rough = rough + share**2 * smooth(places, places, length)
-        for effect, noise in product(effects, (0.01, 0.03, 0.1, 0.3)):
-            kernel = rough + effect**2 * self.effects
-            kernel[np.diag_indices_from(kernel)] += noise**2 + self.data.errors
-            found = _likelihood(kernel, self.data.target)
-            found -= 0.2 * math.log(effect / 0.3) ** 2 + 0.25 * math.log(noise / 0.1) ** 2
-            if found > self.score:
-                self.best = Scales(effect, noise, share, length, curve)
-                self.score, self.kernel = found, kernel
-
-
-def _likelihood(kernel: Floats, target: Floats) -> float:
-    """Logarithm of the marginal likelihood but for a constant; the kernel's noise is in it."""
-    factor, _ = cho_factor(kernel, lower=True, check_finite=False)
-    solved = cho_solve((factor, True), target, check_finite=False)
-    return -0.5 * float(target @ solved) - float(np.log(np.diag(factor)).sum())
-
-
-def _left_out(kernel: Floats, target: Floats) -> tuple[Floats, Floats]:
-    """Mean and deviation of each fold given the others, with no fit but one inverse.
-
-    Of the precision ``Q = K^-1``, a fold's conditional mean is ``y - Q_ff^-1 (Q y)_f`` and its covariance
-    ``Q_ff^-1`` (Rasmussen and Williams, eq. 5.12, for blocks in place of single points).
-    """
-    n = len(target)
-    precision = np.linalg.inv(kernel)
-    pulled, mean, variance = precision @ target, np.empty(n), np.empty(n)
-    for fold in range(FOLDS):
-        rows = np.arange(fold, n, FOLDS)
-        covariance = np.linalg.inv(precision[np.ix_(rows, rows)])
-        mean[rows] = target[rows] - covariance @ pulled[rows]
-        variance[rows] = np.diag(covariance)
-    return mean, np.sqrt(np.maximum(variance, 1e-300))

@@ -26,7 +26,9 @@ from autocomp.predictors.base import Prediction, log_normal
 from autocomp.predictors.calibration import std_factor
 from autocomp.predictors.features import Encoder
 from autocomp.predictors.link import Link
-from autocomp.predictors.posterior import Data, Inputs, Kind, Posterior, Scales, Tuned, condition, tune
+from autocomp.predictors.posterior import Data, Inputs, Kind, Posterior, Scales, condition
+from autocomp.predictors.relevance import with_relevance
+from autocomp.predictors.tuning import Tuned, tune
 from autocomp.space import AdditiveTable, Candidate, SearchSpace, Value
 from autocomp.trial import Trial
 
@@ -129,6 +131,8 @@ class ResidualPredictor:
         unsure = positive and self.table is None and len(self._values) > 2
         found = [self._tuned(log, sample, stderr) for log in ([True, False] if unsure else [positive])]
         _, link, data, tuned = max(found, key=lambda f: f[0])
+        if self.kind == "gp" and not self.space.is_categorical:
+            tuned = with_relevance(data[sample], tuned, self.encoder.owners)
         self._link, self.scales = link, tuned.scales
         self._check(link, data[sample].target, tuned, self._totals[sample])
         self._posterior, self._errors = condition(data, self.scales), float(np.mean(data.errors))

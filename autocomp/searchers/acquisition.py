@@ -43,16 +43,44 @@ class Scene:
     pending: Floats
 
 
+class Improvement:
+    """What candidates would add to the volume of a measured front, by points drawn in its box.
+
+    Args:
+        measured: losses ``[k, m]``, at least one row, finite.
+        promised: predicted losses ``[n, m]`` of candidates, which the box is to hold as well.
+        rng: draws the points.
+    """
+
+    def __init__(self, measured: Floats, promised: Floats, rng: np.random.Generator) -> None:
+        front = measured[non_dominated(measured)]
+        low, high = _box(front, promised)
+        self.transform = _Transform(np.vstack([front, low[None], high[None]]))
+        bottom, top = self.transform(low[None])[0], self.transform(high[None])[0]
+        self.points = bottom + (top - bottom) * rng.random((_SAMPLES, len(low)))
+        self.take(front)
+
+    def take(self, losses: Floats) -> None:
+        """Leave out the points that ``losses [k, m]`` cover, as if they had been measured."""
+        self.points = self.points[~_covered(self.points, self.transform(losses))]
+
+    def covers(self, mean: Floats, std: Floats) -> list[NDArray[np.bool_]]:
+        """Which of the points each candidate covers, ``[n, points]``, for equally likely outcomes."""
+        outcomes = [self.transform.outcome(mean, std, q) for q in _QUANTILES]
+        return [_covers(self.points, losses) for losses in outcomes]
+
+    def expected(self, mean: Floats, std: Floats) -> Floats:
+        """Expected number of points ``[n]`` that candidates with these losses ``[n, m]`` cover."""
+        return np.asarray(np.mean([g.sum(axis=1) for g in self.covers(mean, std)], axis=0))
+
+
 def pick_batch(scene: Scene, n: int, rng: np.random.Generator) -> list[int]:
     """Indices of up to ``n`` pool members, best first; ties go to the earlier member."""
-    front = scene.measured[non_dominated(scene.measured)]
-    low, high = _box(front, scene.mean)
-    transform = _Transform(np.vstack([front, low[None], high[None]]))
-    corner_low, corner_high = transform(low[None])[0], transform(high[None])[0]
-    points = corner_low + (corner_high - corner_low) * rng.random((_SAMPLES, len(low)))
-    open_points = ~_covered(points, transform(np.vstack([front, scene.pending])))
-    gains = [_covers(points, transform.outcome(scene.mean, scene.std, q)) for q in _QUANTILES]
-    middle = _covers(points, transform(scene.mean))
+    improvement = Improvement(scene.measured, scene.mean, rng)
+    improvement.take(scene.pending)
+    gains = improvement.covers(scene.mean, scene.std)
+    middle = _covers(improvement.points, improvement.transform(scene.mean))
+    open_points = np.ones(len(improvement.points), dtype=bool)
     left = np.ones(len(scene.mean), dtype=bool)
     order: list[int] = []
     while len(order) < n and left.any():

@@ -183,15 +183,13 @@ class Breeder:
             names = self.groups[int(index)]
             domain = self.space.by_name[names[0]].domain
             if isinstance(domain, Interval):
-                moved = self._moved(names[0], domain, values, rng)
+                moved = self.moved(names[0], domain, values, rng)
             else:
                 moved = _mutated(domain, values[names[0]], rng)
             values.update(dict.fromkeys(names, moved))
         return self.space.repair(values, rng)
 
-    def _moved(
-        self, name: str, domain: Interval, values: dict[str, Value], rng: np.random.Generator
-    ) -> Value:
+    def moved(self, name: str, domain: Interval, values: dict[str, Value], rng: np.random.Generator) -> Value:
         """A Gaussian step; one in five mutations switches a nullable slot."""
         value = values[name]
         if value is None or (domain.nullable and rng.random() < 0.2):

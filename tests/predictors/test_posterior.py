@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from autocomp.predictors.posterior import Data, Dual, Inputs, Primal, Scales, condition, smooth, tune
+from autocomp.predictors.posterior import Data, Dual, Inputs, Primal, Scales, condition, smooth
+from autocomp.predictors.relevance import LEAST, RELEVANCE, learn_relevance, with_relevance
+from autocomp.predictors.tuning import tune
 
+Floats = NDArray[np.float64]
 SCALES = Scales(effect=0.2, noise=0.05)
 
 
@@ -82,3 +88,70 @@ def test_scales_follow_the_data() -> None:
     data, _ = problem(200, 10)
     quiet = Data(data.inputs, data.inputs.effects @ np.full(10, 0.3), np.zeros(200))
     assert tune(quiet, "ridge").scales.noise < tune(data, "ridge").scales.noise
+
+
+def test_relevances_say_which_decisions_matter() -> None:
+    """Of five decisions, the first with two places, only the second one moves the target."""
+    rng = np.random.default_rng(0)
+    places = rng.uniform(-1.0, 1.0, (80, 6))
+    inputs = Inputs(np.ones((80, 2)) * [1.0, 0.0], np.zeros((80, 1)), np.zeros((80, 0)), places)
+    data = Data(inputs, np.sin(3.0 * places[:, 2]), np.full(80, 1e-4))
+    owners = np.array([0, 0, 1, 2, 3, 4])
+    plain = tune(data, "gp")
+    learned = with_relevance(data, plain, owners)
+    relevance = learned.scales.relevance
+    assert relevance is not None and relevance[0] == relevance[1]
+    assert relevance[2] > 3.0 * np.delete(relevance, 2).max()
+    assert np.abs(learned.mean - data.target).mean() < 0.5 * np.abs(plain.mean - data.target).mean()
+    few = data[np.arange(LEAST - 1)]
+    assert with_relevance(few, tune(few, "gp"), owners).scales.relevance is None
+    many = Data(replace(inputs, places=np.repeat(places, 20, axis=1)), data.target, data.errors)
+    assert with_relevance(many, plain, np.arange(120)).scales.relevance is None
+
+
+def test_relevances_that_predict_no_better_are_not_taken() -> None:
+    """Of twenty decisions none moves the target; the deviations stay honest."""
+    rng = np.random.default_rng(1)
+    inputs = Inputs(np.ones((60, 2)) * [1.0, 0.0], np.zeros((60, 1)), np.zeros((60, 0)), rng.random((60, 20)))
+    data = Data(inputs, rng.standard_normal(60), np.zeros(60))
+    tuned = with_relevance(data, tune(data, "gp"), np.arange(20))
+    assert 0.6 < np.mean(((data.target - tuned.mean) / tuned.std) ** 2) < 1.6
+
+
+def test_left_out_trials_teach_no_relevances() -> None:
+    """The prediction of a fifth does not change with the values of that fifth."""
+    rng = np.random.default_rng(0)
+    places = rng.uniform(-1.0, 1.0, (50, 3))
+    inputs = Inputs(np.ones((50, 2)) * [1.0, 0.0], np.zeros((50, 1)), np.zeros((50, 0)), places)
+    data = Data(inputs, np.sin(4.0 * places[:, 0]), np.full(50, 1e-4))
+    plain, out = tune(data, "gp"), np.arange(50) % 5 == 1
+    other = Data(inputs, np.where(out, 1.01 * data.target, data.target), data.errors)
+    one, two = (with_relevance(d, plain, np.arange(3)) for d in (data, other))
+    assert one.scales.relevance is not None and two.scales.relevance is not None
+    assert one.mean[out] == pytest.approx(two.mean[out], abs=1e-12)
+    assert one.mean[~out] != pytest.approx(two.mean[~out], abs=1e-12)
+
+
+def test_relevances_are_at_a_maximum_of_the_likelihood() -> None:
+    """No step along any relevance, the GP or the noise gains anything."""
+    data, _ = problem(40, 3)
+    rest = data.inputs.line @ data.inputs.line.T
+    start = Scales(effect=0.0, smooth=0.3, length=0.5)
+    found, height = learn_relevance(data, start, np.arange(4))
+    assert found.relevance is not None
+    at = np.log([*found.relevance, found.smooth, found.noise])
+    begin = np.log([1.0, 1.0, 1.0, 1.0, 0.3, start.noise])
+    deviation = np.array([RELEVANCE] * 4 + [1.0] * 2)
+
+    def value(x: Floats) -> float:
+        kernel = rest + np.diag(np.exp(2 * x[-1]) + data.errors)
+        kernel += np.exp(2 * x[-2]) * smooth(*(np.exp(x[:4]) * data.inputs.places,) * 2, start.length)
+        likelihood = -0.5 * data.target @ np.linalg.solve(kernel, data.target)
+        return float(
+            likelihood - 0.5 * np.linalg.slogdet(kernel)[1] - 0.5 * np.sum(((x - begin) / deviation) ** 2)
+        )
+
+    assert value(at) == pytest.approx(height, rel=1e-6)
+    for i in range(len(at)):
+        step = 0.05 * (np.arange(len(at)) == i)
+        assert max(value(at + step), value(at - step)) < height + 1e-3
