@@ -57,7 +57,7 @@ class ResidualPredictor:
         table: additive prior, or ``None``.
         space: decisions of the candidates.
         kind: ``ridge`` has effects only; ``gp`` adds a Gaussian process over the share of decisions
-            that differ.
+            that differ, which over floats learns how much each decision matters (``relevance``).
 
     Attributes:
         scales: of the priors, after the last fit.

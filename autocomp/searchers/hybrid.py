@@ -110,7 +110,8 @@ class HybridSearcher:
             self.breeder = self.starter.breeder
             self.opening = RandomSearcher(problem) if len(problem.objectives) > 1 else self.starter
         self.pool = pool or (200 if self.additive else 64 if problem.traits else 24)
-        self.grows = not (pool or self.additive or problem.traits)
+        self.climbs = not (self.additive or problem.traits)
+        self.grows = self.climbs and not pool
 
     @staticmethod
     def unsupported(problem: Problem) -> list[str]:
@@ -299,7 +300,7 @@ class HybridSearcher:
         size = len(pool)
         scene = Scene(measured, mean[:size], std[:size], chance[:size], mean[size:])
         step = len(usable) + len(pending)
-        climbs = sum((step + i) % 2 for i in range(n)) if self.grows else 0  # however large batches are
+        climbs = sum((step + i) % 2 for i in range(n)) if self.climbs else 0  # however large batches are
         chosen = [pool[i] for i in pick_batch(scene, n - climbs, rng)]
         seen = seen | seen_fingerprints((), chosen)
         while climbs and (left := [c for c in pool if c.fingerprint not in seen]):

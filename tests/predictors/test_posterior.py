@@ -109,8 +109,19 @@ def test_relevances_say_which_decisions_matter() -> None:
     assert with_relevance(many, plain, np.arange(120)).scales.relevance is None
 
 
-def test_relevances_that_predict_no_better_are_not_taken() -> None:
-    """Of twenty decisions none moves the target; the deviations stay honest."""
+def test_relevances_that_predict_worse_are_not_taken() -> None:
+    """The target is a function of the distance from the middle alone: all decisions matter alike."""
+    rng = np.random.default_rng(1)
+    places = rng.uniform(-1.0, 1.0, (30, 12)) / np.sqrt(12.0)
+    inputs = Inputs(np.ones((30, 2)) * [1.0, 0.0], np.zeros((30, 1)), np.zeros((30, 0)), places)
+    target = np.cos(6.0 * np.linalg.norm(places, axis=1)) + 0.02 * rng.standard_normal(30)
+    data = Data(inputs, target, np.zeros(30))
+    plain = tune(data, "gp")
+    assert with_relevance(data, plain, np.arange(12)) is plain
+    assert learn_relevance(data, plain.scales, np.arange(12))[0].relevance is not None
+
+
+def test_deviations_stay_honest_where_nothing_matters() -> None:
     rng = np.random.default_rng(1)
     inputs = Inputs(np.ones((60, 2)) * [1.0, 0.0], np.zeros((60, 1)), np.zeros((60, 0)), rng.random((60, 20)))
     data = Data(inputs, rng.standard_normal(60), np.zeros(60))
